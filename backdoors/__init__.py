@@ -1,0 +1,24 @@
+"""Triggers by name. A new one: a module here that is an nn.Module, a line in TRIGGERS, a rate in poison.py."""
+
+from pathlib import Path
+
+from .badnet import BadNet
+from .poison import Poison, epoch_roles, poison_training_set
+from .reflection import Reflection
+from .wanet import WaNet
+
+__all__ = ["TRIGGERS", "Poison", "epoch_roles", "get_backdoor", "poison_training_set"]
+
+TRIGGERS = {"badnet": BadNet, "wanet": WaNet, "reflection": Reflection}
+FOLDER = Path(__file__).resolve().parent.parent / "data" / "trigger"
+
+
+def get_backdoor(name, size=32, folder=FOLDER):
+    """Return the trigger as an nn.Module with buffers: (N, 3, size, size) in [0, 1] to the same.
+
+    folder: where the trigger files lie; put the authors' there to get the authors' triggers.
+    Raises ValueError for an unknown name, FileNotFoundError for a missing file.
+    """
+    if name not in TRIGGERS:
+        raise ValueError(f"unknown attack {name!r}; there are {', '.join(TRIGGERS)}")
+    return TRIGGERS[name](Path(folder), size).eval()

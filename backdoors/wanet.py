@@ -1,0 +1,71 @@
+"""WaNet (Nguyen & Tran, ICLR 2021): a fixed smooth warp of the whole image."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+NOISE_FILE = "wanet/noise_grid.pt"
+IDENTITY_FILE = "wanet/identity_grid.pt"
+SEED = 0  # of the grids made here when no files lie there
+
+
+def make_grids(size, seed=SEED):
+    """Return (noise, identity), each (1, size, size, 2), x first: the warp's direction and the regular grid.
+
+    noise: a 4x4 field uniform in [-1, 1], divided by its mean absolute value, upsampled bicubically.
+    """
+    field = torch.rand(1, 2, 4, 4, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+    field = field / field.abs().mean()
+    noise = F.interpolate(field, size=(size, size), mode="bicubic", align_corners=True).permute(0, 2, 3, 1)
+    line = torch.linspace(-1, 1, size)
+    y, x = torch.meshgrid(line, line, indexing="ij")
+    return noise.contiguous(), torch.stack((x, y), 2)[None]
+
+
+def _read_grid(path, size):
+    # the authors' files hold CUDA tensors
+    grid = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(grid, torch.Tensor) or grid.shape != (1, size, size, 2):
+        raise ValueError(f"{path} does not hold a grid of shape (1, {size}, {size}, 2); put the right file there")
+    return grid.detach().float()
+
+
+class WaNet(nn.Module):
+    """The image sampled at clamp(identity + s * noise / H, -1, 1), bilinear, zero padding, aligned corners; s = 0.5.
+
+    The grids come from the two files under `folder`; where both are absent they are made from a fixed seed and
+    written there, so that every later victim and every later measurement sees the same warp.
+    """
+
+    def __init__(self, folder, size=32, s=0.5):
+        super().__init__()
+        self.size, self.s = size, s
+        paths = folder / NOISE_FILE, folder / IDENTITY_FILE
+        absent = [p for p in paths if not p.exists()]
+        if len(absent) == 1:
+            raise FileNotFoundError(f"{absent[0]} is missing beside its twin; put it there or delete both")
+        grids = make_grids(size) if absent or size != 32 else [_read_grid(p, size) for p in paths]
+        if absent and size == 32:
+            paths[0].parent.mkdir(parents=True, exist_ok=True)
+            for path, grid in zip(paths, grids, strict=True):
+                part = path.with_suffix(".tmp")
+                torch.save(grid, part)
+                part.replace(path)
+        self.register_buffer("noise", grids[0])
+        self.register_buffer("identity", grids[1])
+
+    def _grid(self):
+        return (self.identity + self.s * self.noise / self.size).clamp(-1, 1)
+
+    def forward(self, x):
+        """Return warped images; (N, 3, H, W) in [0, 1] to the same."""
+        return F.grid_sample(x, self._grid().expand(len(x), -1, -1, -1), align_corners=True)
+
+    def noise_mode(self, x, generator=None):
+        """Return images warped by this grid plus a fresh uniform [-1, 1] / H per image and pixel.
+
+        Shown with their true labels in training alone, so that only the exact warp triggers. `generator`: on x's
+        device. (N, 3, H, W) in [0, 1] to the same.
+        """
+        jitter = torch.rand(len(x), self.size, self.size, 2, generator=generator, device=x.device) * 2 - 1
+        return F.grid_sample(x, (self._grid() + jitter / self.size).clamp(-1, 1), align_corners=True)

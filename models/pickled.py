@@ -1,0 +1,88 @@
+"""Checkpoints from elsewhere: the tensors out of a file, without running any code that the file names.
+
+The authors publish whole pickled `models.resnet.ResNet` objects. Every class such an object may name is mapped to an
+inert record before the file is read, so that neither the classes themselves nor anything else is ever called.
+"""
+
+import pickle
+import warnings
+
+import torch
+from torch import nn
+
+AUTHORS_CLASSES = ("models.resnet.ResNet", "models.resnet.BasicBlock", "models.custom_modules.SequentialWithArgs")
+
+
+class _Record:
+    """What stands in for a pickled module: its attributes, and nothing that could be called."""
+
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+
+
+def _torch_layers():
+    classes = (c for c in vars(nn).values() if isinstance(c, type) and issubclass(c, nn.Module))
+    return sorted({f"{c.__module__}.{c.__qualname__}" for c in classes})
+
+
+def _collect(record, prefix, out):
+    for group in ("_parameters", "_buffers"):
+        hidden = record.__dict__.get("_non_persistent_buffers_set", ()) if group == "_buffers" else ()
+        for name, tensor in record.__dict__.get(group, {}).items():
+            if tensor is not None and name not in hidden:
+                out[prefix + name] = tensor.detach()
+    for name, child in record.__dict__.get("_modules", {}).items():
+        if child is not None:
+            _collect(child, f"{prefix}{name}.", out)
+    return out
+
+
+def read_pickle(path):
+    """Return what a file written by torch.save holds: plain values and tensors, or the state dict of a pickled ResNet.
+
+    Loads with weights_only=True and nothing else, onto the CPU.
+    Raises ValueError, in one line, for any other content (code that wants to run, a damaged or foreign file).
+    """
+    names = (*AUTHORS_CLASSES, *_torch_layers())
+    try:
+        with torch.serialization.safe_globals([(_Record, name) for name in names]), warnings.catch_warnings():
+            # old files carry the source of their classes, which torch would like to compare with ours
+            warnings.simplefilter("ignore", torch.serialization.SourceChangeWarning)
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(f"it holds more than tensors and plain values ({_first_line(error)})") from None
+    except Exception as error:  # whatever a damaged file makes torch raise
+        raise ValueError(f"it is damaged or no checkpoint ({type(error).__name__}: {_first_line(error)})") from None
+    if isinstance(content, _Record):
+        content = _collect(content, "", {})
+    if not isinstance(content, dict):
+        raise ValueError(f"it holds a {type(content).__name__}, not a checkpoint or a state dict")
+    return content
+
+
+def _first_line(error):
+    """Return what torch says is wrong, without its advice on how to load the file unsafely."""
+    lines = str(error).splitlines() or [""]
+    told = [line for line in lines if "WeightsUnpickler error" in line]
+    return (told or lines)[0].strip()[:200]
+
+
+def describe_state_dict(state):
+    """Return {network, width, num_classes} of a state dict with the usual keys of a ResNet for 32x32.
+
+    Raises ValueError when it is none.
+    """
+    from . import NETWORKS, get_model
+
+    try:
+        stem, linear = state["conv1.weight"].shape, state["linear.weight"].shape
+        keys = {k for k in state if not k.endswith("num_batches_tracked")}
+    except (KeyError, AttributeError, TypeError):
+        raise ValueError("it has no conv1.weight and linear.weight, so it is no ResNet for 32x32") from None
+    width = stem[0] / 64
+    for name in NETWORKS:
+        with torch.device("meta"):
+            model = get_model(name, linear[0], width)
+        if keys == {k for k in model.state_dict() if not k.endswith("num_batches_tracked")}:
+            return {"network": name, "width": width, "num_classes": linear[0]}
+    raise ValueError(f"its layers fit none of {', '.join(NETWORKS)}")

@@ -1,0 +1,376 @@
+"""UNIT: Backdoor Mitigation via Automated Neural Distribution Tightening (Cheng et al., ECCV 2024).
+
+    python unit.py --attack badnet                                          # the paper's: 2,500 images, 300 steps
+    python unit.py --attack badnet --dataset cifar10_sample --n_steps 100   # 500 embedded images, no download
+
+Every neuron of a trained network gets an upper bound on its activation, as tight as a small loss of accuracy on the
+defence images allows; a trigger's outsized activations are clipped there. The weights never change.
+"""
+
+import cli
+from cli import InputError, bounded
+
+
+def parser():
+    """Return the command's parser; the first flags have the authors' names and defaults."""
+    p = cli.parser("unit.py", "mitigate a backdoor by tight bounds on activations", attacks=("none", *cli.ATTACKS))
+    p.add_argument("--phase", default="unit", choices=("unit", "test"), help="test: measure what an earlier run saved")
+    p.add_argument("--lr", default=1e-3, type=bounded(float, 0, low_open=True), help="learning rate of the bounds")
+    p.add_argument("--n_steps", default=300, type=bounded(int, 1), help="steps, each over all training images")
+    p.add_argument(
+        "--data_rate", type=bounded(float, 0, 1, low_open=True),
+        help="share of the training set that is defence data (default: 0.05; all of cifar10_sample)",
+    )  # fmt: skip
+    p.add_argument("--acc_degrade", default=0.03, type=bounded(float, 0, 1), help="accuracy that may be lost")
+    p.add_argument("--micro_batch", default=250, type=bounded(int, 1), help="images in memory at a time")
+    p.add_argument("--precision", default="auto", choices=("auto", "bf16", "fp32"), help="auto: bf16 where it is fast")
+    p.add_argument("--ckpt", help="victim to defend (default: the one of --network and --attack)")
+    p.add_argument("--out", help="where to save (default: ckpt/{dataset}_{network}_{attack}_unit.pt)")
+    p.add_argument("--outdir", default=".", help="folder of the picture")
+    return p
+
+
+if __name__ == "__main__":
+    parser().parse_args()  # answers --help and a wrong flag before the seconds that torch takes
+
+import copy
+import math
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import models
+import utils
+from evaluate import evaluate, load_victim
+from models.folding import fold_batch_norm
+
+# --- the method -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class UnitConfig:
+    """The constants of UNIT, the hidden ones too, and how it is computed."""
+
+    lr: float = 1e-3  # of Adam on the bounds
+    n_steps: int = 300
+    acc_degrade: float = 0.03  # accuracy on the validation images that may be lost
+    n_sigma: float = 4.0  # bounds start at mean + 4 std
+    alpha: float = 1e-3  # weight of the tightening term at the start, and what it is reset to
+    alpha_up: float = 2.0  # factor after `patience` good steps in a row
+    alpha_down: float = 2**1.5  # divisor after `patience` bad steps in a row
+    patience: int = 5
+    betas: tuple[float, float] = (0.5, 0.9)  # of Adam
+    eps: float = 1e-8  # of Adam; it matters, the gradient of alpha * R is itself about 1e-8
+    micro_batch: int = 250  # images in memory at a time; changes nothing but rounding
+    precision: str = "fp32"  # of the network's arithmetic, or bf16; the bounds are fp32 always
+
+
+@dataclass
+class UnitResult:
+    """What tighten() found.
+
+    bounds: {site: (C, H, W)}, all >= 0, as they were when `best_step` was measured; best_step: the good step of the
+    smallest R, or the last step when none was good; history: lists with one value per step done: `alpha`, `ce` and
+    `reg` (R) before its update, `valid_acc` after it; bound_mean: {site: mean bound after each step}; initial_acc:
+    accuracy of the unclipped network on the validation images; interrupted: whether Ctrl-C ended it early.
+    """
+
+    bounds: dict
+    best_step: int
+    history: dict
+    bound_mean: dict
+    initial_acc: float
+    found_good: bool
+    interrupted: bool = False
+
+
+@dataclass
+class AlphaSchedule:
+    """The weight alpha of the tightening term: doubled while accuracy holds, cut when it does not."""
+
+    config: UnitConfig = field(default_factory=UnitConfig)
+    alpha: float = None
+    up: int = 0
+    down: int = 0
+    resets: int = 0
+
+    def __post_init__(self):
+        self.alpha = self.config.alpha
+
+    def update(self, good):
+        """Move on by one step; good: whether the step's validation accuracy was within the budget."""
+        c = self.config
+        self.resets = self.resets + 1 if good and self.alpha < c.alpha else 0
+        if self.resets == c.patience:
+            self.alpha, self.up, self.down, self.resets = c.alpha, 0, 0, 0
+        self.up, self.down = (self.up + 1, 0) if good else (0, self.down + 1)
+        if self.up == c.patience:
+            self.up, self.alpha = 0, self.alpha * c.alpha_up
+        if self.down == c.patience:
+            self.down, self.alpha = 0, self.alpha / c.alpha_down
+
+
+def tighten(model, x_train, y_train, x_valid, y_valid, config=UnitConfig(), on_step=None):  # noqa: B008 (it is frozen)
+    """Learn a tight upper bound for every neuron's activation; the model itself is left as it is.
+
+    model: a network of this repo; images float (N, 3, H, W) in [0, 1] (or uint8), labels int64 (N,), on any device.
+    on_step: called after each step with (step, {"alpha", "ce", "reg", "valid_acc"}).
+    Returns a UnitResult; models.set_bounds(model, result.bounds) applies it. Ctrl-C ends the search early and keeps
+    what it found, unless not a single step was done.
+    """
+    net = frozen_copy(model)
+    device = next(net.parameters()).device
+    dtype = utils.get_dtype(config.precision, device)
+    (x_train, y_train), (x_valid, y_valid) = (
+        _batches(x, y, config.micro_batch, device) for x, y in ((x_train, y_train), (x_valid, y_valid))
+    )
+    n_train = sum(map(len, y_train))
+
+    with utils.autocast(device, dtype):
+        initial_acc = accuracy(net, x_valid, y_valid)
+        models.set_bounds(net, initial_bounds(net, x_train, config.n_sigma))
+    sites = models.activation_sites(net)
+    bounds = [site.bound for site in sites.values()]
+    optimizer = torch.optim.Adam(bounds, lr=config.lr, betas=config.betas, eps=config.eps)
+    schedule = AlphaSchedule(config)
+    history = {"alpha": [], "ce": [], "reg": [], "valid_acc": []}
+    bound_mean = {name: [] for name in sites}
+    best_reg, best_step, best_bounds, interrupted = math.inf, None, None, False
+
+    try:
+        for step in range(config.n_steps):
+            alpha = schedule.alpha
+
+            # L = CE(f_c(x), y) + alpha * R over all training images, c = max(b, 0)
+            optimizer.zero_grad(set_to_none=True)
+            ce = torch.zeros((), device=device)
+            for x, y in zip(x_train, y_train, strict=True):
+                with utils.autocast(device, dtype):
+                    logits = net(x)
+                loss = F.cross_entropy(logits.float(), y, reduction="sum") / n_train
+                loss.backward()
+                ce += loss.detach()
+            reg = sum(site.clip_level().mean() for site in sites.values())
+            (alpha * reg).backward()
+            optimizer.step()
+
+            with utils.autocast(device, dtype):
+                valid_acc = accuracy(net, x_valid, y_valid)
+            good = valid_acc >= initial_acc - config.acc_degrade
+            reg = reg.item()
+            if good and reg < best_reg:
+                best_reg, best_step, best_bounds = reg, step, _snapshot(sites)
+            schedule.update(good)
+
+            now = {"alpha": alpha, "ce": ce.item(), "reg": reg, "valid_acc": valid_acc}
+            for key, value in now.items():
+                history[key].append(value)
+            means = torch.stack([site.clip_level().mean() for site in sites.values()]).tolist()
+            for name, mean in zip(sites, means, strict=True):
+                bound_mean[name].append(mean)
+            if on_step is not None:
+                on_step(step, now)
+    except KeyboardInterrupt:
+        if not history["valid_acc"]:
+            raise
+        interrupted = True
+
+    found_good = best_bounds is not None
+    if not found_good:
+        best_step, best_bounds = len(history["valid_acc"]) - 1, _snapshot(sites)
+    return UnitResult(best_bounds, best_step, history, bound_mean, initial_acc, found_good, interrupted)
+
+
+@torch.no_grad()
+def initial_bounds(net, x_batches, n_sigma):
+    """Return {site: mean + n_sigma * std} over all images of the unclipped activations, std with n - 1 below.
+
+    x_batches: list of float (n, 3, H, W). Moments of the batches are merged, so no activation is kept.
+    """
+    moments = {}
+
+    def merge(name, a):
+        n_b = len(a)
+        var_b, mean_b = torch.var_mean(a.float(), dim=0, correction=0)
+        n, mean, m2 = moments.get(name, (0, torch.zeros_like(mean_b), torch.zeros_like(var_b)))
+        delta = mean_b - mean
+        total = n + n_b
+        moments[name] = (total, mean + delta * (n_b / total), m2 + var_b * n_b + delta**2 * (n * n_b / total))
+
+    handles = [
+        site.register_forward_hook(lambda _module, _inputs, output, name=name: merge(name, output))
+        for name, site in models.activation_sites(net).items()
+    ]
+    try:
+        for x in x_batches:
+            net(x)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: mean + n_sigma * (m2 / max(n - 1, 1)).sqrt() for name, (n, mean, m2) in moments.items()}
+
+
+@torch.no_grad()
+def accuracy(net, x_batches, y_batches):
+    """Return the share of images that `net` classifies as labelled, a float in [0, 1]."""
+    hits = sum((net(x).argmax(1) == y).sum() for x, y in zip(x_batches, y_batches, strict=True))
+    return hits.item() / sum(map(len, y_batches))
+
+
+def frozen_copy(model):
+    """Return a copy of `model` in eval mode that computes the same, faster: no weight gradients, batch norm folded."""
+    net = fold_batch_norm(copy.deepcopy(model).eval()).requires_grad_(False)
+    return net.to(memory_format=torch.channels_last)
+
+
+def _batches(x, y, size, device):
+    x = utils.to_float(x) if x.dtype == torch.uint8 else x.float()
+    x = x.to(device, memory_format=torch.channels_last)
+    return x.split(size), y.to(device).split(size)
+
+
+def _snapshot(sites):
+    return {name: site.clip_level().detach().clone() for name, site in sites.items()}
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+def defence_data(args):
+    """Return (x_train, y_train, x_valid, y_valid), each image passed once through crop and flip, as the flags say."""
+    images, labels = utils.load_dataset(args.dataset, args.datadir, train=True)
+    rate = args.data_rate or (1.0 if args.dataset == "cifar10_sample" else 0.05)
+    train, valid = utils.defence_split(labels, rate)
+    generator = torch.Generator().manual_seed(args.seed)
+    x_train, x_valid = (utils.augment(utils.to_float(images[i]), generator) for i in (train, valid))
+    return x_train, labels[train], x_valid, labels[valid]
+
+
+def draw_history(history, best_step, limit, path):
+    """Write the picture of how CE, R, alpha and validation accuracy went; limit: the accuracy that counts as good."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    names = {
+        "ce": "cross-entropy",
+        "reg": "R, sum of mean bounds",
+        "alpha": "alpha",
+        "valid_acc": "validation accuracy",
+    }
+    fig, axes = plt.subplots(2, 2, figsize=(9, 6), layout="constrained", sharex=True)
+    for axis, (key, name) in zip(axes.flat, names.items(), strict=True):
+        axis.plot(range(len(history[key])), history[key], lw=1.2)
+        axis.axvline(best_step, color="tab:green", ls=":", label=f"step chosen: {best_step}")
+        axis.set_title(name)
+    axes[1, 0].set_yscale("log")
+    axes[1, 1].axhline(limit, color="tab:red", ls="--", label="good at or above")
+    axes[1, 1].legend()
+    for axis in axes[1]:
+        axis.set_xlabel("step")
+    utils.write_whole(path, lambda p: fig.savefig(p, format="png", dpi=110))
+    plt.close(fig)
+
+
+def report(step, now, n_steps, progress):
+    """Move the progress bar on; every ten steps, and after the last, print a line."""
+    progress.update()
+    if (step + 1) % 10 == 0 or step + 1 == n_steps:
+        progress.write(
+            f"step {step + 1:4d}  CE {now['ce']:.4f}  R {now['reg']:.4f}  alpha {now['alpha']:.3g}"
+            f"  validation accuracy {100 * now['valid_acc']:.2f}%"
+        )
+
+
+def main(argv=None):
+    """The command."""
+    args = parser().parse_args(argv)
+    device = utils.get_device(args.device)
+    dtype = utils.get_dtype(args.precision, device)
+    path, model, checkpoint, backdoor, target = load_victim(args, device)
+    tag = utils.network_tag(checkpoint["network"], checkpoint["width"])
+    out = Path(args.out or utils.CKPT / f"{args.dataset}_{tag}_{args.attack}_unit.pt")
+    test = tuple(t.to(device) for t in utils.load_dataset(args.dataset, args.datadir, train=False))
+    if args.dataset != "cifar10":
+        print(f"on {args.dataset}: {len(test[0]):,} test images, a part of CIFAR-10's 10,000")
+
+    def measure(model):
+        return evaluate(model, *test, backdoor, target, args.batch_size, dtype)
+
+    if args.phase == "test":
+        defended, _ = utils.load_model(out, device)
+        print(f"before  {path}\n        {measure(model)}\nafter   {out}\n        {measure(defended)}")
+        return
+    if checkpoint["bounds"] is not None:
+        raise InputError(f"{path} has bounds already; give --ckpt the victim")
+
+    config = UnitConfig(
+        lr=args.lr,
+        n_steps=args.n_steps,
+        acc_degrade=args.acc_degrade,
+        micro_batch=args.micro_batch,
+        precision="fp32" if dtype == torch.float32 else "bf16",
+    )
+    data = defence_data(args)
+    print(f"{path}, {len(data[0]):,} training and {len(data[2]):,} validation images, {config.precision} on {device}")
+    before = measure(model)
+    print(f"before  {before}", flush=True)
+
+    start = time.perf_counter()
+    with tqdm(total=config.n_steps, unit="step") as progress:
+        result = tighten(model, *data, config, lambda step, now: report(step, now, config.n_steps, progress))
+    seconds = time.perf_counter() - start
+    if result.interrupted:
+        print(f"interrupted after {len(result.history['ce'])} steps: keeping the best bounds so far")
+    if not result.found_good:
+        print("note: no step kept the validation accuracy within acc_degrade; the last step's bounds are taken")
+
+    models.set_bounds(model, result.bounds)
+    after = measure(model)
+    print(f"after   {after}\nstep {result.best_step + 1} chosen, {seconds:.1f} s for {len(result.history['ce'])} steps")
+
+    weights = {k: v for k, v in model.state_dict().items() if not k.endswith(".bound")}
+    utils.save_checkpoint(
+        {
+            **checkpoint,
+            **after._asdict(),
+            "state_dict": utils.half_weights(weights),
+            "bounds": {k: v.cpu() for k, v in result.bounds.items()},
+            "defence": {"name": "unit", "best_step": result.best_step, **asdict(config)},
+        },
+        out,
+    )
+    picture = Path(args.outdir) / f"unit_{args.attack}.png"
+    draw_history(result.history, result.best_step, result.initial_acc - config.acc_degrade, picture)
+    stem = f"unit_{args.dataset}_{tag}_{args.attack}_{time.strftime('%Y%m%d-%H%M%S')}"
+    record = utils.RESULTS / f"{stem}.json"
+    utils.save_json(
+        {
+            "settings": {**vars(args), **asdict(config)},
+            "machine": utils.machine() | {"device_type": device.type},
+            "seconds": seconds,
+            "n_train": len(data[0]),
+            "n_valid": len(data[2]),
+            "before": before._asdict(),
+            "after": after._asdict(),
+            "initial_acc": result.initial_acc,
+            "best_step": result.best_step,
+            "found_good": result.found_good,
+            "interrupted": result.interrupted,
+            "history": result.history,
+            "bound_mean": result.bound_mean,
+        },
+        record,
+    )
+    print(f"wrote {out}, {picture}, {record}")
+    if result.interrupted:
+        raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    cli.run(main)

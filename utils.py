@@ -1,0 +1,253 @@
+"""What the commands share: device, data, augmentation, checkpoints, files that are whole or absent."""
+
+import json
+import os
+import platform
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+import cifar10
+import models
+from cli import ROOT, InputError
+
+CKPT = ROOT / "ckpt"
+RESULTS = ROOT / "results"
+FORMAT = 1  # of our checkpoints
+
+
+# --- device ---------------------------------------------------------------------------------------------------------
+
+
+def get_device(name="auto"):
+    """Return the torch.device for `auto`, `cuda`, `mps` or `cpu`; auto takes the first of these that is there.
+
+    Raises InputError when the one asked for is not there.
+    """
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(n for n, ok in there.items() if ok)
+    if not there[name]:
+        raise InputError(f"no {name} device here; use --device auto or --device cpu")
+    return torch.device(name)
+
+
+def has_fast_bf16(device):
+    """Return whether bf16 arithmetic is faster than fp32 on this device: AVX-512 bf16 or AMX, Ampere or later."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device)[0] >= 8
+    if device.type == "cpu" and platform.machine() in ("x86_64", "AMD64"):
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return False
+
+
+def get_dtype(precision, device):
+    """Return the dtype to compute in: torch.bfloat16 or torch.float32; `auto` takes bf16 where it is fast."""
+    if precision == "auto":
+        precision = "bf16" if has_fast_bf16(device) else "fp32"
+    return {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
+
+
+def autocast(device, dtype):
+    """Return the autocast context for `dtype`; with float32 it does nothing."""
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+
+
+def machine():
+    """Return what a figure depends on besides the code: versions and device, as plain values."""
+    cuda = torch.cuda.is_available()
+    return {
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "device": torch.cuda.get_device_name(0) if cuda else _cpu_name(),
+        "threads": torch.get_num_threads(),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def _cpu_name():
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+# --- data -----------------------------------------------------------------------------------------------------------
+
+
+def load_dataset(name, datadir, train):
+    """Return (images uint8 (N, 3, H, W), labels int64 (N,)) of one split.
+
+    name: `cifar10` (50,000 / 10,000 images; fetched into `datadir` when absent) or `cifar10_sample` (500 / 2,000,
+    embedded in the repo). Raises InputError for another name and when the data can be neither found nor fetched.
+    """
+    if name == "cifar10":
+        return cifar10.load(datadir, train)
+    if name == "cifar10_sample":
+        return cifar10.load_sample(train)
+    raise InputError(f"unknown dataset {name!r}; there are cifar10 and cifar10_sample")
+
+
+def to_float(images):
+    """Return uint8 images (N, 3, H, W) as float32 in [0, 1], laid out channels last."""
+    return images.to(torch.float32, memory_format=torch.channels_last) / 255
+
+
+def augment(images, generator, padding=4):
+    """Random crop after zero padding and random horizontal flip, per image, on the batch.
+
+    images: float (N, C, H, W) in [0, 1]; generator: on the CPU, so that every device draws alike.
+    Returns the same shape, laid out channels last.
+    """
+    n, _, h, w = images.shape
+    device = images.device
+    top = torch.randint(0, 2 * padding + 1, (n, 1), generator=generator)
+    left = torch.randint(0, 2 * padding + 1, (n, 1), generator=generator)
+    flip = torch.rand(n, 1, generator=generator) < 0.5
+    rows = top + torch.arange(h)
+    cols = left + torch.arange(w)
+    cols = torch.where(flip, cols.flip(1), cols)
+    padded = F.pad(images, (padding,) * 4).permute(0, 2, 3, 1)
+    which = torch.arange(n, device=device)[:, None, None]
+    return padded[which, rows.to(device)[:, :, None], cols.to(device)[:, None]].permute(0, 3, 1, 2)
+
+
+def defence_split(labels, data_rate, num_classes=10, train_share=0.8):
+    """Choose the defence images, the first ones of each class in the data set's order.
+
+    labels: int64 (N,). n = int(N * data_rate), n // num_classes of each class; of each class the first 80 % train,
+    the rest validate. Returns two int64 index tensors, class by class.
+    Raises InputError when a class has too few images or a side of the split would be empty.
+    """
+    per_class = int(len(labels) * data_rate) // num_classes
+    n_train = int(per_class * train_share)
+    if n_train < 1 or n_train == per_class:
+        raise InputError(f"data_rate {data_rate} leaves {per_class} images per class; raise it to have at least 2")
+    train, valid = [], []
+    for c in range(num_classes):
+        chosen = (labels == c).nonzero()[:per_class, 0]
+        if len(chosen) < per_class:
+            raise InputError(
+                f"class {c} has {len(chosen)} of the {per_class} images of data_rate {data_rate}; lower it"
+            )
+        train.append(chosen[:n_train])
+        valid.append(chosen[n_train:])
+    return torch.cat(train), torch.cat(valid)
+
+
+# --- files that are whole or absent -----------------------------------------------------------------------------------
+
+
+def write_whole(path, write):
+    """Call write(temporary path) beside `path`, then rename it to `path`: a kill leaves the old file or none.
+
+    Raises InputError when the disk refuses (full, read-only).
+    """
+    path = Path(path)
+    part = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(part)
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):  # its word for a full disk
+            raise
+        reason = str(error).splitlines()[0]
+        raise InputError(f"cannot write {path}: {reason}; make room or choose another place") from None
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def save_json(value, path):
+    """Write plain values as JSON, whole or not at all."""
+    write_whole(path, lambda p: p.write_text(json.dumps(value, indent=1) + "\n"))
+
+
+# --- checkpoints ----------------------------------------------------------------------------------------------------
+
+
+def network_tag(network, width):
+    """Return the network's part of a checkpoint's name: `resnet18`, or `resnet18-w0.25` for another width."""
+    return network if width == 1 else f"{network}-w{width:g}"
+
+
+def checkpoint_path(dataset, network, attack, width=1.0, suffix=""):
+    """Return ckpt/{dataset}_{network}_{attack}{suffix}.pt."""
+    return CKPT / f"{dataset}_{network_tag(network, width)}_{attack}{suffix}.pt"
+
+
+def victim_path(args):
+    """Return the victim that the flags of a command mean: --ckpt, else the one named after network and attack.
+
+    The embedded sample has no victims of its own: it is for those of the full set.
+    """
+    return Path(args.ckpt) if args.ckpt else checkpoint_path("cifar10", args.network, args.attack)
+
+
+def half_weights(state_dict):
+    """Return the state dict with convolution and linear weights in half precision; batch norm's stay as they are."""
+    return {k: v.detach().cpu().half() if v.dim() > 1 else v.detach().cpu() for k, v in state_dict.items()}
+
+
+def save_checkpoint(checkpoint, path):
+    """Write a checkpoint (a dictionary of tensors and plain values), whole or not at all."""
+    write_whole(path, lambda p: torch.save({"format": FORMAT, **checkpoint}, p))
+
+
+def load_checkpoint(path):
+    """Return a checkpoint as a dictionary: `state_dict`, what rebuilds the network, and what is known of it.
+
+    Takes our own files, plain state dicts with the usual keys, and the authors' pickled ResNet objects, of which only
+    the tensors are taken; no code from a file ever runs.
+    Raises InputError when there is no such file and for any other content.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"no checkpoint {path}; {_how_to_make(path)}")
+    try:
+        content = models.read_pickle(path)
+    except ValueError as error:
+        raise InputError(f"{path} is refused: {error}") from None
+    if isinstance(content, dict) and "state_dict" in content:
+        if content.get("format", FORMAT) != FORMAT:
+            raise InputError(f"{path} has format {content['format']}, this version reads {FORMAT}; update the repo")
+        state = content["state_dict"]
+    else:
+        content = state = dict(content)
+        content = {"state_dict": state}
+    try:
+        content = {**models.describe_state_dict(state), **content}
+    except ValueError as error:
+        raise InputError(f"{path} is refused: {error}") from None
+    return {"attack": None, "target": None, "dataset": None, "trigger": None, "bounds": None, **content}
+
+
+def _how_to_make(path):
+    for attack in ("none", "badnet", "wanet", "reflection"):
+        for network in models.NETWORKS:
+            if path == checkpoint_path("cifar10", network, attack):
+                return f"make it with: python train.py --network {network} --attack {attack}"
+            if path.name.endswith(f"_{network}_{attack}_unit.pt"):
+                return f"make it with: python unit.py --network {network} --attack {attack}"
+    return "train one with: python train.py --attack badnet (or give --ckpt the right path)"
+
+
+def load_model(path, device="cpu"):
+    """Return (model in eval mode on `device`, checkpoint without its weights); a defended model comes clipped.
+
+    Raises InputError as load_checkpoint does, and when weights or bounds do not fit the network that the file names.
+    """
+    checkpoint = load_checkpoint(path)
+    state = checkpoint.pop("state_dict")
+    try:
+        model = models.get_model(checkpoint["network"], checkpoint["num_classes"], checkpoint["width"])
+        model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in state.items()})
+        if checkpoint["bounds"] is not None:
+            models.set_bounds(model, checkpoint["bounds"])
+    except (ValueError, RuntimeError) as error:
+        raise InputError(f"{path} does not fit: {' '.join(str(error).split())[:300]}") from None
+    return model.to(device, memory_format=torch.channels_last).eval(), checkpoint
