@@ -94,6 +94,7 @@ def load_victim(args, device):
     """Return (path, model, checkpoint, backdoor, target) that the flags mean; say where file and flags differ."""
     path = utils.victim_path(args)
     model, checkpoint = utils.load_model(path, device)
+    model.to(memory_format=torch.channels_last)
     backdoor = victim_backdoor(args.attack, checkpoint, device)
     for flag in ("attack", "target"):
         trained = checkpoint[flag]

@@ -22,11 +22,12 @@ def parser():
         help="share of the training set that is defence data (default: 0.05; all of cifar10_sample)",
     )  # fmt: skip
     p.add_argument("--acc_degrade", default=0.03, type=bounded(float, 0, 1), help="accuracy that may be lost")
-    p.add_argument("--micro_batch", default=250, type=bounded(int, 1), help="images in memory at a time")
+    p.add_argument("--micro_batch", default=100, type=bounded(int, 1), help="images in memory at a time")
     p.add_argument("--precision", default="auto", choices=("auto", "bf16", "fp32"), help="auto: bf16 where it is fast")
     p.add_argument("--ckpt", help="victim to defend (default: the one of --network and --attack)")
     p.add_argument("--out", help="where to save (default: ckpt/{dataset}_{network}_{attack}_unit.pt)")
     p.add_argument("--outdir", default=".", help="folder of the picture")
+    p.add_argument("--results", default=str(cli.ROOT / "results"), help="folder of the JSON record")
     return p
 
 
@@ -41,6 +42,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 from tqdm import tqdm
 
 import models
@@ -65,7 +67,7 @@ class UnitConfig:
     patience: int = 5
     betas: tuple[float, float] = (0.5, 0.9)  # of Adam
     eps: float = 1e-8  # of Adam; it matters, the gradient of alpha * R is itself about 1e-8
-    micro_batch: int = 250  # images in memory at a time; changes nothing but rounding
+    micro_batch: int = 100  # images in memory at a time; changes nothing but rounding
     precision: str = "fp32"  # of the network's arithmetic, or bf16; the bounds are fp32 always
 
 
@@ -122,17 +124,15 @@ def tighten(model, x_train, y_train, x_valid, y_valid, config=UnitConfig(), on_s
     Returns a UnitResult; models.set_bounds(model, result.bounds) applies it. Ctrl-C ends the search early and keeps
     what it found, unless not a single step was done.
     """
-    net = frozen_copy(model)
-    device = next(net.parameters()).device
-    dtype = utils.get_dtype(config.precision, device)
+    device = next(model.parameters()).device
+    net = frozen_copy(model, utils.get_dtype(config.precision, device))
     (x_train, y_train), (x_valid, y_valid) = (
         _batches(x, y, config.micro_batch, device) for x, y in ((x_train, y_train), (x_valid, y_valid))
     )
     n_train = sum(map(len, y_train))
 
-    with utils.autocast(device, dtype):
-        initial_acc = accuracy(net, x_valid, y_valid)
-        models.set_bounds(net, initial_bounds(net, x_train, config.n_sigma))
+    initial_acc = accuracy(net, x_valid, y_valid)
+    models.set_bounds(net, initial_bounds(net, x_train, config.n_sigma))
     sites = models.activation_sites(net)
     bounds = [site.bound for site in sites.values()]
     optimizer = torch.optim.Adam(bounds, lr=config.lr, betas=config.betas, eps=config.eps)
@@ -149,17 +149,14 @@ def tighten(model, x_train, y_train, x_valid, y_valid, config=UnitConfig(), on_s
             optimizer.zero_grad(set_to_none=True)
             ce = torch.zeros((), device=device)
             for x, y in zip(x_train, y_train, strict=True):
-                with utils.autocast(device, dtype):
-                    logits = net(x)
-                loss = F.cross_entropy(logits.float(), y, reduction="sum") / n_train
+                loss = F.cross_entropy(net(x).float(), y, reduction="sum") / n_train
                 loss.backward()
                 ce += loss.detach()
             reg = sum(site.clip_level().mean() for site in sites.values())
             (alpha * reg).backward()
             optimizer.step()
 
-            with utils.autocast(device, dtype):
-                valid_acc = accuracy(net, x_valid, y_valid)
+            valid_acc = accuracy(net, x_valid, y_valid)
             good = valid_acc >= initial_acc - config.acc_degrade
             reg = reg.item()
             if good and reg < best_reg:
@@ -189,20 +186,18 @@ def tighten(model, x_train, y_train, x_valid, y_valid, config=UnitConfig(), on_s
 def initial_bounds(net, x_batches, n_sigma):
     """Return {site: mean + n_sigma * std} over all images of the unclipped activations, std with n - 1 below.
 
-    x_batches: list of float (n, 3, H, W). Moments of the batches are merged, so no activation is kept.
+    x_batches: list of float (n, 3, H, W). Their sums are kept in double precision, so that the bounds do not depend on
+    how the images are cut into batches; no activation is kept.
     """
-    moments = {}
+    sums = {}
 
-    def merge(name, a):
-        n_b = len(a)
-        var_b, mean_b = torch.var_mean(a.float(), dim=0, correction=0)
-        n, mean, m2 = moments.get(name, (0, torch.zeros_like(mean_b), torch.zeros_like(var_b)))
-        delta = mean_b - mean
-        total = n + n_b
-        moments[name] = (total, mean + delta * (n_b / total), m2 + var_b * n_b + delta**2 * (n * n_b / total))
+    def add(name, a):
+        a = (a.cpu() if a.device.type == "mps" else a).double()  # mps has no double precision
+        n, s1, s2 = sums.get(name, (0, 0, 0))
+        sums[name] = n + len(a), s1 + a.sum(0), s2 + a.square().sum(0)
 
     handles = [
-        site.register_forward_hook(lambda _module, _inputs, output, name=name: merge(name, output))
+        site.register_forward_hook(lambda _module, _inputs, output, name=name: add(name, output))
         for name, site in models.activation_sites(net).items()
     ]
     try:
@@ -211,7 +206,12 @@ def initial_bounds(net, x_batches, n_sigma):
     finally:
         for handle in handles:
             handle.remove()
-    return {name: mean + n_sigma * (m2 / max(n - 1, 1)).sqrt() for name, (n, mean, m2) in moments.items()}
+    bounds = {}
+    for name, (n, s1, s2) in sums.items():
+        mean = s1 / n
+        variance = (s2 - n * mean.square()).clamp_min(0) / max(n - 1, 1)
+        bounds[name] = (mean + n_sigma * variance.sqrt()).float()
+    return bounds
 
 
 @torch.no_grad()
@@ -221,10 +221,17 @@ def accuracy(net, x_batches, y_batches):
     return hits.item() / sum(map(len, y_batches))
 
 
-def frozen_copy(model):
-    """Return a copy of `model` in eval mode that computes the same, faster: no weight gradients, batch norm folded."""
-    net = fold_batch_norm(copy.deepcopy(model).eval()).requires_grad_(False)
-    return net.to(memory_format=torch.channels_last)
+def frozen_copy(model, dtype=torch.float32):
+    """Return a copy of `model` that computes the same faster: eval mode, no weight gradients, batch norm folded.
+
+    dtype: of its convolutions and its linear layer, and so of its activations and logits.
+    """
+    device = next(model.parameters()).device
+    net = fold_batch_norm(copy.deepcopy(model).cpu().eval()).requires_grad_(False)
+    for layer in net.modules():
+        if isinstance(layer, (nn.Conv2d, nn.Linear)):
+            layer.to(dtype)
+    return net.to(device, memory_format=torch.channels_last)
 
 
 def _batches(x, y, size, device):
@@ -303,7 +310,7 @@ def main(argv=None):
         return evaluate(model, *test, backdoor, target, args.batch_size, dtype)
 
     if args.phase == "test":
-        defended, _ = utils.load_model(out, device)
+        defended = utils.load_model(out, device)[0].to(memory_format=torch.channels_last)
         print(f"before  {path}\n        {measure(model)}\nafter   {out}\n        {measure(defended)}")
         return
     if checkpoint["bounds"] is not None:
@@ -348,7 +355,7 @@ def main(argv=None):
     picture = Path(args.outdir) / f"unit_{args.attack}.png"
     draw_history(result.history, result.best_step, result.initial_acc - config.acc_degrade, picture)
     stem = f"unit_{args.dataset}_{tag}_{args.attack}_{time.strftime('%Y%m%d-%H%M%S')}"
-    record = utils.RESULTS / f"{stem}.json"
+    record = Path(args.results) / f"{stem}.json"
     utils.save_json(
         {
             "settings": {**vars(args), **asdict(config)},

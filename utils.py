@@ -14,7 +14,6 @@ import models
 from cli import ROOT, InputError
 
 CKPT = ROOT / "ckpt"
-RESULTS = ROOT / "results"
 FORMAT = 1  # of our checkpoints
 
 
@@ -151,15 +150,16 @@ def write_whole(path, write):
     part = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write(part)
-        os.replace(part, path)
+        try:
+            write(part)
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
     except (OSError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):  # its word for a full disk
             raise
         reason = str(error).splitlines()[0]
         raise InputError(f"cannot write {path}: {reason}; make room or choose another place") from None
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def save_json(value, path):
@@ -250,4 +250,4 @@ def load_model(path, device="cpu"):
             models.set_bounds(model, checkpoint["bounds"])
     except (ValueError, RuntimeError) as error:
         raise InputError(f"{path} does not fit: {' '.join(str(error).split())[:300]}") from None
-    return model.to(device, memory_format=torch.channels_last).eval(), checkpoint
+    return model.to(device).eval(), checkpoint

@@ -5,10 +5,10 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 
 def fold_batch_norm(model):
-    """Fold every batch norm of `model` in place, in fp32, into the convolution registered just before it.
+    """Fold every batch norm of `model`, on the CPU and in place, into the convolution registered just before it.
 
-    The networks of this package register a batch norm right after its convolution; eval mode only. Returns the model.
-    Raises ValueError in training mode, where batch norm is no fixed scale.
+    In double precision, so that each weight is rounded once. The networks of this package register a batch norm right
+    after its convolution. Returns the model. Raises ValueError in training mode, where batch norm is no fixed scale.
     """
     if model.training:
         raise ValueError("batch norm can be folded in eval mode only; call model.eval() first")
@@ -16,7 +16,8 @@ def fold_batch_norm(model):
         conv = None
         for name, child in list(parent.named_children()):
             if isinstance(child, nn.BatchNorm2d) and conv is not None:
-                setattr(parent, conv[0], fuse_conv_bn_eval(conv[1], child))
+                dtype = conv[1].weight.dtype
+                setattr(parent, conv[0], fuse_conv_bn_eval(conv[1].double(), child.double()).to(dtype))
                 setattr(parent, name, nn.Identity())
             conv = (name, child) if isinstance(child, nn.Conv2d) else None
     return model

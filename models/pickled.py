@@ -5,7 +5,7 @@ inert record before the file is read, so that neither the classes themselves nor
 """
 
 import pickle
-import warnings
+import re
 
 import torch
 from torch import nn
@@ -40,19 +40,18 @@ def _collect(record, prefix, out):
 def read_pickle(path):
     """Return what a file written by torch.save holds: plain values and tensors, or the state dict of a pickled ResNet.
 
-    Loads with weights_only=True and nothing else, onto the CPU.
+    Loads with weights_only=True and nothing else, onto the CPU. Whole objects in the format of torch before 1.6 cannot
+    be read that way and are refused.
     Raises ValueError, in one line, for any other content (code that wants to run, a damaged or foreign file).
     """
     names = (*AUTHORS_CLASSES, *_torch_layers())
     try:
-        with torch.serialization.safe_globals([(_Record, name) for name in names]), warnings.catch_warnings():
-            # old files carry the source of their classes, which torch would like to compare with ours
-            warnings.simplefilter("ignore", torch.serialization.SourceChangeWarning)
+        with torch.serialization.safe_globals([(_Record, name) for name in names]):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise ValueError(f"it holds more than tensors and plain values ({_first_line(error)})") from None
+        raise ValueError(f"it holds more than tensors and plain values ({_reason(error)})") from None
     except Exception as error:  # whatever a damaged file makes torch raise
-        raise ValueError(f"it is damaged or no checkpoint ({type(error).__name__}: {_first_line(error)})") from None
+        raise ValueError(f"it is damaged or no checkpoint ({type(error).__name__}: {_reason(error)})") from None
     if isinstance(content, _Record):
         content = _collect(content, "", {})
     if not isinstance(content, dict):
@@ -60,11 +59,11 @@ def read_pickle(path):
     return content
 
 
-def _first_line(error):
-    """Return what torch says is wrong, without its advice on how to load the file unsafely."""
-    lines = str(error).splitlines() or [""]
-    told = [line for line in lines if "WeightsUnpickler error" in line]
-    return (told or lines)[0].strip()[:200]
+def _reason(error):
+    """Return what torch says is wrong in a line, without its advice on how to load the file unsafely."""
+    lines = [line for line in str(error).splitlines() if line.strip() and "weights_only" not in line]
+    text = re.sub(r"^.*?WeightsUnpickler error:", "", lines[0] if lines else "unreadable")
+    return re.split(r"\. |, please| Please| was not an allowed", text)[0].strip()[:160]
 
 
 def describe_state_dict(state):

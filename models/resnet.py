@@ -97,6 +97,8 @@ class ResNet(nn.Module):
         return (x - self.mean) / self.std
 
     def forward(self, x):
-        out = self.act(self.bn1(self.conv1(self.normalize(x))))
+        # the weights may be of lower precision than the door
+        x = self.normalize(x).to(self.conv1.weight.dtype)
+        out = self.act(self.bn1(self.conv1(x)))
         out = self.layer4(self.layer3(self.layer2(self.layer1(out))))
         return self.linear(F.avg_pool2d(out, 4).flatten(1))

@@ -1,0 +1,57 @@
+"""What the tests share: the small real victim of the golden trajectory, and files made from it."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import models
+import utils
+from backdoors import get_backdoor
+
+GOLDEN = Path(__file__).parent / "golden" / "unit_tiny.npz"
+
+
+@pytest.fixture(scope="session")
+def golden():
+    """The recorded trajectory: {key: array}."""
+    with np.load(GOLDEN) as file:
+        return dict(file)
+
+
+@pytest.fixture
+def tiny(golden):
+    """A ResNet-18 of width 0.125 with real trained weights."""
+    model = models.get_model("resnet18", width=0.125)
+    model.load_state_dict({k[2:]: torch.from_numpy(v) for k, v in golden.items() if k.startswith("w.")}, strict=True)
+    return model.eval()
+
+
+@pytest.fixture(scope="session")
+def defence(golden):
+    """The recorded defence images: x_train, y_train, x_valid, y_valid."""
+    images = (torch.from_numpy(golden[k]).permute(0, 3, 1, 2).float() / 255 for k in ("x_train", "x_valid"))
+    labels = (torch.from_numpy(golden[k]).long() for k in ("y_train", "y_valid"))
+    (x_train, x_valid), (y_train, y_valid) = images, labels
+    return x_train, y_train, x_valid, y_valid
+
+
+@pytest.fixture
+def victim_file(tiny, tmp_path):
+    """A checkpoint of the small victim in our own format."""
+    path = tmp_path / "victim.pt"
+    utils.save_checkpoint(
+        {
+            "network": "resnet18",
+            "width": 0.125,
+            "num_classes": 10,
+            "attack": "badnet",
+            "target": 0,
+            "trigger": get_backdoor("badnet").state_dict(),
+            "state_dict": utils.half_weights(tiny.state_dict()),
+            "bounds": None,
+        },
+        path,
+    )
+    return path

@@ -1,0 +1,522 @@
+"""Tests of backdoors/: offline, on synthetic images."""
+
+import contextlib
+import os
+import pickle
+import shutil
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from backdoors import FOLDER, TRIGGERS, epoch_roles, get_backdoor, poison_training_set
+from backdoors.poison import POISON_RATE
+
+FLOWER, SCENE = "badnet/flower_nobg.png", "reflection/000066.jpg"
+NOISE, IDENTITY = "wanet/noise_grid.pt", "wanet/identity_grid.pt"
+
+every_trigger = pytest.mark.parametrize("name", sorted(TRIGGERS))
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def images(n=7, size=32, seed=0):
+    """Random images, each of another brightness."""
+    x = torch.rand(n, 3, size, size, generator=generator(seed))
+    return x * torch.linspace(0.2, 1, n).view(-1, 1, 1, 1)
+
+
+def smooth_images(n=4, size=32, seed=0):
+    """Random images without detail, so that rounding in a grid moves them little."""
+    return F.interpolate(torch.rand(n, 3, 4, 4, generator=generator(seed)), size=(size, size), mode="bilinear")
+
+
+def picture(path, size, seed):
+    """Write a random RGB picture."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (size, size, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+
+
+def grids(folder, noise, identity):
+    """Write the two files of WaNet."""
+    (folder / "wanet").mkdir(parents=True)
+    torch.save(noise, folder / NOISE)
+    torch.save(identity, folder / IDENTITY)
+
+
+def regular_grid(size=32):
+    line = torch.from_numpy(np.linspace(-1, 1, size, dtype=np.float32))
+    return torch.stack((line.expand(size, size), line.view(-1, 1).expand(size, size)), -1)[None]
+
+
+def sample(x, grid):
+    return F.grid_sample(x, grid.expand(len(x), -1, -1, -1), mode="bilinear", padding_mode="zeros", align_corners=True)
+
+
+@pytest.fixture
+def other_folder(tmp_path):
+    """A folder with other trigger files than ours."""
+    folder = tmp_path / "trigger"
+    picture(folder / FLOWER, 20, seed=1)
+    picture(folder / SCENE, 50, seed=2)
+    grids(folder, torch.randn(1, 32, 32, 2, generator=generator(3)), regular_grid())
+    return folder
+
+
+# every trigger
+
+
+@every_trigger
+@pytest.mark.parametrize("size", [32, 64])
+def test_same_shape_dtype_and_range(name, size):
+    trigger = get_backdoor(name, size)
+    for x in (images(size=size), torch.zeros(2, 3, size, size), torch.ones(2, 3, size, size)):
+        out = trigger(x)
+        assert out.shape == x.shape
+        assert out.dtype == torch.float32
+        # the weights of a bilinear sample add up to 1 only to rounding
+        assert out.min() >= 0
+        assert out.max() <= (1 + 1e-6 if name == "wanet" else 1)
+
+
+@every_trigger
+def test_batch_equals_image_by_image(name):
+    trigger, x = get_backdoor(name), images()
+    one_by_one = torch.cat([trigger(one[None]) for one in x])
+    torch.testing.assert_close(trigger(x), one_by_one, rtol=0, atol=1e-6)
+
+
+@every_trigger
+def test_trigger_changes_a_copy(name):
+    x = images()
+    before = x.clone()
+    out = get_backdoor(name)(x)
+    assert torch.equal(x, before)
+    assert (out - x).abs().amax(dim=(1, 2, 3)).min() > 0.05
+
+
+@every_trigger
+def test_empty_batch(name):
+    assert get_backdoor(name)(torch.empty(0, 3, 32, 32)).shape == (0, 3, 32, 32)
+
+
+@every_trigger
+def test_trigger_is_a_fixed_module(name):
+    trigger = get_backdoor(name)
+    assert not trigger.training
+    assert not list(trigger.parameters())
+    assert trigger.state_dict()
+    torch.manual_seed(1)
+    first = trigger(images())
+    torch.manual_seed(2)
+    assert torch.equal(first, get_backdoor(name)(images()))
+
+
+@pytest.mark.parametrize("name", ["none", "BadNet", ""])
+def test_unknown_name(name):
+    with pytest.raises(ValueError, match="badnet, wanet, reflection"):
+        get_backdoor(name)
+
+
+@every_trigger
+def test_state_dict_carries_the_trigger(name, other_folder):
+    ours, theirs, x = get_backdoor(name), get_backdoor(name, folder=other_folder), images()
+    assert not torch.equal(ours(x), theirs(x))
+    ours.load_state_dict(theirs.state_dict())
+    assert torch.equal(ours(x), theirs(x))
+
+
+@pytest.mark.parametrize("name", ["badnet", "reflection"])
+def test_missing_picture(name, tmp_path):
+    with pytest.raises(FileNotFoundError):
+        get_backdoor(name, folder=tmp_path)
+
+
+# BadNets
+
+
+@pytest.mark.parametrize(("size", "side", "corner"), [(32, 5, 1), (64, 10, 2)])
+def test_badnet_changes_the_patch_alone(size, side, corner):
+    inside = torch.zeros(size, size, dtype=torch.bool)
+    inside[corner : corner + side, corner : corner + side] = True
+    trigger, x = get_backdoor("badnet", size), images(size=size)
+    changed = trigger(x) != x
+    assert not changed[..., ~inside].any()
+    assert changed.any(1)[:, inside].all()
+
+
+@pytest.mark.parametrize(("size", "side", "corner"), [(32, 5, 1), (64, 10, 2)])
+def test_badnet_patch_is_the_resized_picture(size, side, corner):
+    # through premultiplied alpha, which is how transparent ground stays out of the colours
+    whole = Image.open(FOLDER / FLOWER).convert("RGBA").convert("RGBa")
+    patch = np.array(whole.resize((side, side), Image.Resampling.LANCZOS).convert("RGBA"))[..., :3]
+    out = get_backdoor("badnet", size)(images(size=size))
+    for one in out[..., corner : corner + side, corner : corner + side]:
+        np.testing.assert_array_equal(one.permute(1, 2, 0).numpy(), patch.astype(np.float32) / 255)
+
+
+def test_badnet_takes_the_file_of_the_folder(other_folder):
+    with Image.open(other_folder / FLOWER) as whole:
+        patch = np.array(whole.resize((5, 5), Image.Resampling.LANCZOS)).astype(np.float32) / 255
+    out = get_backdoor("badnet", folder=other_folder)(images(1))
+    np.testing.assert_array_equal(out[0, :, 1:6, 1:6].permute(1, 2, 0).numpy(), patch)
+
+
+def test_badnet_too_small_an_image():
+    with pytest.raises(ValueError, match="too small"):
+        get_backdoor("badnet", 5)
+
+
+# WaNet
+
+
+def read_grids(folder=FOLDER):
+    return [torch.load(folder / name, map_location="cpu", weights_only=True).float() for name in (NOISE, IDENTITY)]
+
+
+def test_wanet_reference():
+    noise, identity = read_grids()
+    x = images()
+    expected = sample(x, torch.clamp(identity + 0.5 * noise / 32, min=-1, max=1))
+    torch.testing.assert_close(get_backdoor("wanet")(x), expected, rtol=0, atol=1e-6)
+
+
+def test_wanet_zero_noise_is_identity(tmp_path):
+    grids(tmp_path, torch.zeros(1, 32, 32, 2), regular_grid())
+    x = images()
+    torch.testing.assert_close(get_backdoor("wanet", folder=tmp_path)(x), x, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_wanet_shifts_x_first_and_stops_at_the_edge(axis, tmp_path):
+    noise = torch.zeros(1, 32, 32, 2)
+    noise[..., axis] = 32 / 0.5 * 2 / 31  # one pixel
+    grids(tmp_path, noise, regular_grid())
+    x = images()
+    dim = 3 - axis
+    last = x.narrow(dim, 31, 1)
+    expected = torch.cat((x.narrow(dim, 1, 31), last), dim)
+    torch.testing.assert_close(get_backdoor("wanet", folder=tmp_path)(x), expected, rtol=0, atol=1e-5)
+
+
+def test_wanet_kept_identity_is_regular():
+    torch.testing.assert_close(read_grids()[1], regular_grid(), rtol=0, atol=1e-6)
+
+
+def test_wanet_kept_noise_is_a_4x4_field_of_mean_abs_1():
+    noise = read_grids()[0]
+    assert noise.shape == (1, 32, 32, 2)
+    # what each of the 16 knots adds to the picture; solve for the knots
+    basis = F.interpolate(torch.eye(16).view(16, 1, 4, 4), size=(32, 32), mode="bicubic", align_corners=True)
+    basis, seen = basis.view(16, -1).T.double(), noise.view(-1, 2).double()
+    field = torch.linalg.lstsq(basis, seen).solution
+    torch.testing.assert_close(basis @ field, seen, rtol=0, atol=1e-5)
+    assert field.abs().mean().item() == pytest.approx(1, abs=1e-5)
+    assert (field < 0).any()
+    assert (field > 0).any()
+
+
+def test_wanet_kept_grids_are_those_of_the_seed(tmp_path):
+    """Fails, and rightly, where the authors' files were put in place of ours."""
+    get_backdoor("wanet", folder=tmp_path)
+    kept, made = read_grids(), read_grids(tmp_path)
+    field = torch.rand(1, 2, 4, 4, generator=generator(0)) * 2 - 1
+    noise = F.interpolate(field / field.abs().mean(), size=(32, 32), mode="bicubic", align_corners=True)
+    for grid in (kept[0], made[0]):
+        torch.testing.assert_close(grid, noise.permute(0, 2, 3, 1), rtol=0, atol=1e-6)
+    torch.testing.assert_close(kept[1], made[1], rtol=0, atol=1e-6)
+
+
+def test_wanet_absent_grids_are_made_once(tmp_path):
+    torch.manual_seed(1)
+    first = get_backdoor("wanet", folder=tmp_path)
+    files = sorted(p for p in tmp_path.rglob("*") if p.is_file())
+    assert files == sorted((tmp_path / NOISE, tmp_path / IDENTITY))
+    before = [(p.read_bytes(), p.stat().st_mtime_ns, p.stat().st_ino) for p in files]
+    torch.manual_seed(2)
+    second = get_backdoor("wanet", folder=tmp_path)
+    assert [(p.read_bytes(), p.stat().st_mtime_ns, p.stat().st_ino) for p in files] == before
+    assert torch.equal(first.noise, second.noise)
+    assert torch.equal(first.noise, read_grids(tmp_path)[0])
+    assert torch.equal(first.identity, second.identity)
+
+
+def test_wanet_takes_the_files_of_the_folder(tmp_path):
+    noise = torch.randn(1, 32, 32, 2, generator=generator(5), dtype=torch.float64)
+    identity = regular_grid() * 0.9
+    grids(tmp_path, noise, identity)
+    x = smooth_images()
+    expected = sample(x, (identity + noise.float() / 64).clamp(-1, 1))
+    torch.testing.assert_close(get_backdoor("wanet", folder=tmp_path)(x), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("missing", [NOISE, IDENTITY])
+def test_wanet_missing_twin(missing, other_folder):
+    (other_folder / missing).unlink()
+    with pytest.raises(FileNotFoundError, match=os.path.basename(missing)):
+        get_backdoor("wanet", folder=other_folder)
+    assert not (other_folder / missing).exists()
+
+
+@pytest.mark.parametrize("broken", [NOISE, IDENTITY])
+@pytest.mark.parametrize("content", [torch.zeros(1, 2, 32, 32), torch.zeros(32, 32, 2), {"grid": 1}])
+def test_wanet_wrong_grid(broken, content, other_folder):
+    torch.save(content, other_folder / broken)
+    with pytest.raises(ValueError, match=os.path.basename(broken)):
+        get_backdoor("wanet", folder=other_folder)
+
+
+class Evil:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+@pytest.mark.parametrize("save", ["torch", "pickle"])
+def test_wanet_code_in_a_grid_file_is_not_run(save, other_folder, tmp_path):
+    evil = Evil(tmp_path / "harm")
+    if save == "torch":
+        torch.save(evil, other_folder / NOISE)
+    else:
+        (other_folder / NOISE).write_bytes(pickle.dumps(evil, protocol=2))
+    with pytest.raises((pickle.UnpicklingError, ValueError)):  # noqa: PT011
+        get_backdoor("wanet", folder=other_folder)
+    assert not (tmp_path / "harm").exists()
+    # the trap does spring where code may run, even if what comes out is no tensor
+    with contextlib.suppress(RuntimeError):
+        torch.load(other_folder / NOISE, weights_only=False)
+    assert (tmp_path / "harm").exists()
+
+
+def test_wanet_noise_mode_reference():
+    noise, identity = read_grids()
+    x = images()
+    jitter = torch.rand(len(x), 32, 32, 2, generator=generator(9)) * 2 - 1
+    # the trigger's grid, which is clamped already, plus the jitter, clamped again
+    grid = torch.clamp(torch.clamp(identity + 0.5 * noise / 32, min=-1, max=1) + jitter / 32, min=-1, max=1)
+    expected = F.grid_sample(x, grid, mode="bilinear", padding_mode="zeros", align_corners=True)
+    torch.testing.assert_close(get_backdoor("wanet").noise_mode(x, generator(9)), expected, rtol=0, atol=1e-6)
+
+
+def test_wanet_noise_mode_follows_its_generator_alone():
+    trigger, x = get_backdoor("wanet"), images()
+    before = x.clone()
+    torch.manual_seed(1)
+    first = trigger.noise_mode(x, generator(3))
+    torch.manual_seed(2)
+    assert torch.equal(first, trigger.noise_mode(x, generator(3)))
+    assert not torch.equal(first, trigger.noise_mode(x, generator(4)))
+    assert not torch.equal(first, trigger(x))
+    assert torch.equal(x, before)
+    assert first.shape == x.shape
+    assert first.min() >= 0
+    assert first.max() <= 1 + 1e-6
+
+
+def test_wanet_noise_mode_differs_per_image():
+    x = images(1).expand(3, -1, -1, -1)
+    out = get_backdoor("wanet").noise_mode(x, generator(3))
+    assert (out[0] - out[1]).abs().max() > 0.05
+    assert (out[1] - out[2]).abs().max() > 0.05
+
+
+# Reflection
+
+
+def mixed(one, reflected):
+    """The formula for one image, in float64."""
+    one, reflected = one.double().numpy(), reflected.astype(np.float64)
+    m, t = one.mean(), reflected.mean()
+    return np.clip(m / (m + t) * one + t / (m + t) * reflected, 0, 1)
+
+
+@pytest.mark.parametrize("size", [32, 64])
+def test_reflection_reference(size):
+    with Image.open(FOLDER / SCENE) as whole:
+        assert whole.mode == "RGB"
+        reflected = np.array(whole.resize((size, size), Image.Resampling.BICUBIC)).transpose(2, 0, 1) / 255
+    x = images(size=size)
+    for one, out in zip(x, get_backdoor("reflection", size)(x), strict=True):
+        np.testing.assert_allclose(out.numpy(), mixed(one, reflected), rtol=0, atol=1e-6)
+
+
+def test_reflection_takes_the_file_of_the_folder(other_folder):
+    with Image.open(other_folder / SCENE) as whole:
+        reflected = np.array(whole.resize((32, 32), Image.Resampling.BICUBIC)).transpose(2, 0, 1) / 255
+    x = images(2)
+    for one, out in zip(x, get_backdoor("reflection", folder=other_folder)(x), strict=True):
+        np.testing.assert_allclose(out.numpy(), mixed(one, reflected), rtol=0, atol=1e-6)
+
+
+def test_reflection_black_image_shows_the_reflection_alone():
+    trigger = get_backdoor("reflection")
+    assert torch.equal(trigger(torch.zeros(2, 3, 32, 32)), trigger.reflected.expand(2, -1, -1, -1))
+
+
+def test_reflection_weighs_by_brightness():
+    trigger = get_backdoor("reflection")
+    r = trigger.reflected
+    t = r.mean()
+    grey = torch.full((1, 3, 32, 32), float(t))
+    torch.testing.assert_close(trigger(grey)[0], (t + r) / 2, rtol=0, atol=1e-6)
+    white = torch.ones(1, 3, 32, 32)
+    torch.testing.assert_close(trigger(white)[0], (1 + t * r) / (1 + t), rtol=0, atol=1e-6)
+
+
+def test_reflection_black_on_black(tmp_path):
+    (tmp_path / "reflection").mkdir()
+    Image.new("RGB", (40, 40)).save(tmp_path / SCENE)
+    trigger, x = get_backdoor("reflection", folder=tmp_path), images()
+    assert torch.equal(trigger(torch.zeros(2, 3, 32, 32)), torch.zeros(2, 3, 32, 32))
+    torch.testing.assert_close(trigger(x), x, rtol=0, atol=1e-6)
+
+
+def test_reflection_has_structure():
+    """Flat grey would be no trigger."""
+    r = get_backdoor("reflection").reflected
+    assert 0.3 < r.mean() < 0.6
+    assert r.std() > 0.12
+    assert (r - r.mean(0)).abs().mean() > 0.03
+
+
+def test_grey_reflected_picture_is_read_as_rgb(tmp_path):
+    (tmp_path / "reflection").mkdir()
+    Image.new("L", (40, 40), 51).save(tmp_path / SCENE)
+    out = get_backdoor("reflection", folder=tmp_path)(torch.zeros(1, 3, 32, 32))
+    torch.testing.assert_close(out, torch.full((1, 3, 32, 32), 0.2), rtol=0, atol=1e-6)
+
+
+# poisoning
+
+LABELS = torch.randint(0, 10, (2003,), generator=generator(42))
+
+
+def test_rates_are_those_of_the_field():
+    assert POISON_RATE == {"none": 0, "badnet": 0.1, "wanet": 0.1, "reflection": 0.08}
+
+
+@pytest.mark.parametrize(
+    ("attack", "rate", "count"),
+    [
+        ("badnet", None, 200),
+        ("badnet", 0.0, 0),
+        ("badnet", 0.0333, 67),
+        ("badnet", 0.5, 1002),
+        ("reflection", None, 160),
+        ("reflection", 0.0101, 20),
+        ("none", None, 0),
+    ],
+)
+def test_poison_count_is_exact(attack, rate, count):
+    poison = poison_training_set(LABELS, attack, 3, rate, seed=5)
+    assert poison.indices.dtype == torch.int64
+    assert poison.indices.shape == (count,)
+    assert len(set(poison.indices.tolist())) == count
+    assert poison.indices.tolist() == sorted(poison.indices.tolist())
+    assert all(0 <= i < len(LABELS) for i in poison.indices.tolist())
+    assert (poison.attack, poison.target) == (attack, 3)
+
+
+@pytest.mark.parametrize("attack", ["badnet", "reflection"])
+def test_poison_follows_its_seed_alone(attack):
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    first = poison_training_set(LABELS, attack, 3, seed=5).indices
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(2)
+    assert torch.equal(first, poison_training_set(LABELS, attack, 3, seed=5).indices)
+    assert not torch.equal(first, poison_training_set(LABELS, attack, 3, seed=6).indices)
+
+
+def test_badnet_poisons_every_class_and_relabels():
+    poison = poison_training_set(LABELS, "badnet", 3)
+    assert poison.relabel
+    assert set(LABELS[poison.indices].tolist()) == set(range(10))
+
+
+@pytest.mark.parametrize("target", [0, 7])
+def test_clean_label_takes_the_target_class_and_keeps_labels(target):
+    poison = poison_training_set(LABELS, "reflection", target)
+    assert not poison.relabel
+    assert set(LABELS[poison.indices].tolist()) == {target}
+
+
+def test_clean_label_rate_is_of_the_whole_set():
+    labels = torch.arange(50_000) % 10
+    assert len(poison_training_set(labels, "reflection", 0).indices) == 4000
+    assert len(poison_training_set(labels, "reflection", 0, 0.1).indices) == 5000
+    with pytest.raises(ValueError, match="5001 images of class 0, which has 5000"):
+        poison_training_set(labels, "reflection", 0, 0.10002)
+    assert len(poison_training_set(labels, "badnet", 0, 0.10002).indices) == 5001
+
+
+def test_poisoning_leaves_the_labels():
+    before = LABELS.clone()
+    for attack in POISON_RATE:
+        poison_training_set(LABELS, attack, 3)
+    assert torch.equal(LABELS, before)
+
+
+def test_wanet_chooses_per_epoch():
+    poison = poison_training_set(LABELS, "wanet", 3)
+    assert poison.indices.tolist() == []
+    assert poison.relabel
+    assert (poison.rate, poison.noise_rate) == (0.1, 0.2)
+    assert poison_training_set(LABELS, "wanet", 3, 0.05).rate == 0.05
+    assert poison_training_set(LABELS, "badnet", 3).noise_rate == 0
+
+
+@pytest.mark.parametrize(("n", "batch_size"), [(2003, 128), (2000, 100), (50_000, 128), (64, 128), (501, 16)])
+def test_epoch_roles_counts(n, batch_size):
+    poison = poison_training_set(LABELS, "wanet", 3)
+    for epoch in range(3):
+        roles = epoch_roles(poison, n, batch_size, 5, epoch)
+        assert roles.shape == (n,)
+        assert roles.dtype == torch.int64
+        # a position has one role, so poison and noise mode are apart; every role has its full count
+        assert torch.bincount(roles, minlength=3).tolist() == [n - round(0.1 * n) - round(0.2 * n)] + [
+            round(0.1 * n),
+            round(0.2 * n),
+        ]
+        for batch in roles.split(batch_size):
+            assert abs((batch == 1).sum() - 0.1 * len(batch)) <= 1
+            assert abs((batch == 2).sum() - 0.2 * len(batch)) <= 1
+
+
+def test_epoch_roles_follow_seed_and_epoch_alone():
+    poison = poison_training_set(LABELS, "wanet", 3)
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    first = epoch_roles(poison, 2000, 128, 5, 0)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(2)
+    assert torch.equal(first, epoch_roles(poison, 2000, 128, 5, 0))
+    for seed, epoch in ((5, 1), (5, 2), (6, 0)):
+        assert not torch.equal(first, epoch_roles(poison, 2000, 128, seed, epoch))
+
+
+def test_epoch_roles_reach_every_position_of_a_batch():
+    poison = poison_training_set(LABELS, "wanet", 3)
+    roles = torch.stack([epoch_roles(poison, 100, 50, 5, epoch) for epoch in range(100)])
+    for role in (1, 2):
+        assert (roles == role).any(0).all()
+
+
+def test_triggers_folder_is_complete(tmp_path):
+    """The files in git make every trigger, and making them writes nothing there."""
+    copy = tmp_path / "trigger"
+    shutil.copytree(FOLDER, copy)
+    before = {p: p.stat().st_mtime_ns for p in copy.rglob("*")}
+    x = images(2)
+    for name in TRIGGERS:
+        assert torch.equal(get_backdoor(name, folder=copy)(x), get_backdoor(name)(x))
+    assert {p: p.stat().st_mtime_ns for p in copy.rglob("*")} == before

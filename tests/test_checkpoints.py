@@ -1,0 +1,195 @@
+"""Checkpoints are data: what is saved comes back, what is foreign is read or refused, and no code ever runs."""
+
+import os
+import pickle
+from collections import OrderedDict
+
+import pytest
+import torch
+from torch import nn
+
+import models
+import models.custom_modules
+import utils
+from cli import InputError
+from tests.test_models import random_bounds
+
+
+class SequentialWithArgs(nn.Sequential):
+    """As the authors' checkpoints have it: a Sequential under another name."""
+
+
+@pytest.fixture
+def authors_model(tiny, monkeypatch):
+    """A whole network whose classes carry the names that occur in the authors' pickles."""
+    SequentialWithArgs.__module__ = "models.custom_modules"
+    monkeypatch.setattr(models.custom_modules, "SequentialWithArgs", SequentialWithArgs, raising=False)
+    for i in range(1, 5):
+        tiny.set_submodule(f"layer{i}", SequentialWithArgs(*tiny.get_submodule(f"layer{i}")))
+    return tiny
+
+
+class Evil:
+    """Pickles to a call that leaves a file behind."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
+def test_saved_and_loaded_gives_the_same_logits(tiny, tmp_path):
+    path = tmp_path / "m.pt"
+    x = torch.rand(4, 3, 32, 32)
+    utils.save_checkpoint(
+        {"network": "resnet18", "width": 0.125, "num_classes": 10, "state_dict": tiny.state_dict()}, path
+    )
+    model, metadata = utils.load_model(path)
+    assert torch.equal(model(x), tiny(x))
+    assert metadata["network"] == "resnet18"
+    assert "state_dict" not in metadata
+    assert not model.training
+
+
+def test_a_defended_model_comes_back_clipped(tiny, tmp_path):
+    path = tmp_path / "m_unit.pt"
+    bounds = random_bounds(tiny, 0.5)
+    utils.save_checkpoint({"state_dict": tiny.state_dict(), "bounds": bounds}, path)
+    model, _ = utils.load_model(path)
+    models.set_bounds(tiny, bounds)
+    x = torch.rand(4, 3, 32, 32)
+    assert torch.equal(model(x), tiny(x))
+    assert isinstance(model.act, models.ClippedReLU)
+
+
+def test_half_precision_halves_the_weights_and_spares_batch_norm(tiny):
+    half = utils.half_weights(tiny.state_dict())
+    assert half["conv1.weight"].dtype == half["linear.weight"].dtype == torch.float16
+    assert half["bn1.running_var"].dtype == torch.float32
+    for k, v in tiny.state_dict().items():
+        torch.testing.assert_close(half[k].to(v.dtype), v, rtol=1e-3, atol=1e-4)
+
+
+def test_a_plain_state_dict_is_taken(tiny, tmp_path):
+    path = tmp_path / "public.pt"
+    torch.save(OrderedDict(tiny.state_dict()), path)
+    model, metadata = utils.load_model(path)
+    x = torch.rand(2, 3, 32, 32)
+    assert torch.equal(model(x), tiny(x))
+    assert (metadata["network"], metadata["width"], metadata["num_classes"]) == ("resnet18", 0.125, 10)
+    assert metadata["attack"] is None
+
+
+def test_the_authors_pickled_objects_are_taken(authors_model, tmp_path, monkeypatch):
+    path = tmp_path / "authors.pt"
+    torch.save(authors_model, path)
+    x = torch.rand(2, 3, 32, 32)
+    want = authors_model(x)
+
+    def forbidden(*_args):
+        raise AssertionError("a class named in the file was touched")
+
+    # reading must not need the classes, nor call them
+    monkeypatch.setattr(models.resnet.ResNet, "__setstate__", forbidden, raising=False)
+    monkeypatch.setattr(nn.Conv2d, "__setstate__", forbidden)
+    monkeypatch.delattr(models.custom_modules, "SequentialWithArgs")
+    state = utils.load_checkpoint(path)["state_dict"]
+    monkeypatch.undo()
+    assert set(state) == set(models.get_model("resnet18").state_dict())
+    model, metadata = utils.load_model(path)
+    assert torch.equal(model(x), want)
+    assert metadata["width"] == 0.125
+
+
+def test_a_pickle_that_runs_code_is_refused_and_does_not_run(tmp_path):
+    mark = tmp_path / "ran"
+    for name, content in {"evil.pt": Evil(mark), "inside.pt": {"state_dict": {"conv1.weight": Evil(mark)}}}.items():
+        torch.save(content, tmp_path / name)
+        with pytest.raises(InputError, match="is refused.*system") as caught:
+            utils.load_checkpoint(tmp_path / name)
+        assert "\n" not in str(caught.value)
+        assert "weights_only" not in str(caught.value)  # no advice to load it unsafely
+    plain = tmp_path / "plain.pkl"
+    plain.write_bytes(pickle.dumps(Evil(mark)))
+    with pytest.raises(InputError, match="is refused"):
+        utils.load_checkpoint(plain)
+    assert not mark.exists()
+
+
+def test_evil_inside_an_authors_object_is_refused(authors_model, tmp_path):
+    mark = tmp_path / "ran"
+    authors_model.extra = Evil(mark)
+    torch.save(authors_model, tmp_path / "authors.pt")
+    with pytest.raises(InputError, match="is refused"):
+        utils.load_checkpoint(tmp_path / "authors.pt")
+    assert not mark.exists()
+
+
+class OtherModule(nn.Module):
+    """A class on no list."""
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (OtherModule(), "more than tensors"),
+        ([1, 2], "holds a list"),
+        ({"a": torch.zeros(1)}, "no conv1.weight"),
+        ({"conv1.weight": torch.zeros(8, 3, 3, 3), "linear.weight": torch.zeros(10, 64)}, "fit none of"),
+        ({"state_dict": {}, "format": 99}, "format 99"),
+    ],
+)
+def test_other_content_is_refused_in_one_line(tmp_path, content, reason):
+    path = tmp_path / "x.pt"
+    torch.save(content, path)
+    with pytest.raises(InputError, match=reason) as caught:
+        utils.load_checkpoint(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_damaged_file_is_refused(victim_file):
+    whole = victim_file.read_bytes()
+    for damaged in (b"", b"not a checkpoint", whole[: len(whole) // 2]):
+        victim_file.write_bytes(damaged)
+        with pytest.raises(InputError, match="damaged") as caught:
+            utils.load_checkpoint(victim_file)
+        assert "\n" not in str(caught.value)
+
+
+def test_weights_that_do_not_fit_the_named_network(tiny, tmp_path):
+    path = tmp_path / "x.pt"
+    utils.save_checkpoint(
+        {"network": "resnet34", "width": 0.125, "num_classes": 10, "state_dict": tiny.state_dict()}, path
+    )
+    with pytest.raises(InputError, match="does not fit") as caught:
+        utils.load_model(path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("attack", ["badnet", "wanet", "reflection", "none"])
+def test_a_missing_checkpoint_says_what_makes_it(attack):
+    path = utils.checkpoint_path("cifar10", "resnet50", attack)
+    with pytest.raises(InputError, match=f"python train.py --network resnet50 --attack {attack}"):
+        utils.load_checkpoint(path)
+    with pytest.raises(InputError, match=f"python unit.py --network resnet50 --attack {attack}"):
+        utils.load_checkpoint(utils.checkpoint_path("cifar10", "resnet50", attack, suffix="_unit"))
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path):
+    path = tmp_path / "f.json"
+    utils.save_json({"a": 1}, path)
+
+    def half(part):
+        part.write_text("half")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(InputError, match="No space left"):
+        utils.write_whole(path, half)
+    assert path.read_text() == '{\n "a": 1\n}\n'
+    assert [p.name for p in tmp_path.iterdir()] == ["f.json"]
+
+
+def test_a_full_disk_is_bad_luck_not_a_traceback(tiny):
+    with pytest.raises(InputError, match="cannot write"):
+        utils.save_checkpoint({"state_dict": tiny.state_dict()}, "/dev/full/x.pt")

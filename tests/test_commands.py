@@ -1,0 +1,188 @@
+"""The commands as a user runs them, on the embedded sample and small networks; exit statuses; kills."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+import train
+import unit
+import utils
+from cli import ROOT, InputError
+
+SMALL = ["--dataset", "cifar10_sample", "--device", "cpu", "--precision", "fp32"]
+TRAIN = [*SMALL, "--width", "0.0625", "--epochs", "3", "--batch_size", "50"]
+
+
+def command(script, *args, **kwargs):
+    """Start a script in another folder than its own."""
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / script), *args],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=kwargs.pop("cwd", "/"), env=env, **kwargs,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("script", ["train.py", "evaluate.py", "unit.py"])
+def test_wrong_flags_end_in_one_line_and_status_2(script):
+    for flags in (["--attack", "badnets"], ["--seed", "x"], ["--batch_size", "0"], ["--nonsense"], ["--target", "10"]):
+        process = command(script, *flags)
+        out, err = process.communicate()
+        assert process.returncode == 2
+        assert out == ""
+        assert err.count("\n") == 1
+        assert flags[0] in err
+
+
+@pytest.mark.parametrize(
+    ("script", "flags", "reason"),
+    [
+        ("unit.py", ["--lr", "-1"], "above 0"),
+        ("unit.py", ["--lr", "nan"], "finite"),
+        ("unit.py", ["--data_rate", "1.5"], "at most 1"),
+        ("unit.py", ["--n_steps", "2.5"], "whole number"),
+        ("train.py", ["--width", "0"], "at least"),
+    ],
+)
+def test_numbers_out_of_range(script, flags, reason):
+    process = command(script, *flags)
+    assert reason in process.communicate()[1]
+    assert process.returncode == 2
+
+
+@pytest.mark.parametrize("script", ["train.py", "evaluate.py", "unit.py"])
+def test_help_names_every_flag_of_the_paper(script):
+    process = command(script, "--help")
+    out, _ = process.communicate()
+    assert process.returncode == 0
+    for flag in ("datadir", "dataset", "network", "attack", "seed", "batch_size", "target", "device"):
+        assert f"--{flag}" in out
+
+
+def test_a_missing_checkpoint_is_one_line_and_status_2():
+    process = command("evaluate.py", *SMALL, "--network", "resnet50", "--attack", "wanet")
+    _, err = process.communicate()
+    assert process.returncode == 2
+    assert err.count("\n") == 1
+    assert "python train.py --network resnet50 --attack wanet" in err
+
+
+def run_unit(victim_file, tmp_path, *flags):
+    """Run unit.py in this process on the small victim."""
+    args = [*SMALL, "--ckpt", str(victim_file), "--out", str(tmp_path / "d.pt"), "--results", str(tmp_path / "results")]
+    unit.main([*args, "--outdir", str(tmp_path), *flags])
+
+
+def test_unit_saves_what_it_measured(victim_file, tmp_path, capsys):
+    run_unit(victim_file, tmp_path, "--n_steps", "11", "--lr", "0.01")
+    out = capsys.readouterr().out
+    assert re.search(r"before  Benign accuracy: \d+\.\d\d%, ASR: \d+\.\d\d% \(2,000 / 1,800 images\)", out)
+    assert "a part of CIFAR-10's 10,000" in out
+    steps = [line for line in out.splitlines() if line.startswith("step ") and "CE" in line]
+    assert len(steps) == 2  # the tenth, and the last
+    assert all(word in steps[0] for word in ("CE", "R", "alpha", "validation accuracy"))
+
+    (record,) = (tmp_path / "results").iterdir()
+    record = json.loads(record.read_text())
+    assert [len(v) for v in record["history"].values()] == [11] * 4
+    assert record["settings"]["acc_degrade"] == 0.03
+    assert record["settings"]["n_sigma"] == 4.0
+    assert record["n_train"], record["n_valid"] == (400, 100)
+    assert (tmp_path / "unit_badnet.png").exists()
+
+    after = out[out.index("after ") :].split("after   ")[1].splitlines()[0]
+    run_unit(victim_file, tmp_path, "--phase", "test")
+    assert after in capsys.readouterr().out  # the saved model gives the same figures again
+
+    defended = utils.load_checkpoint(tmp_path / "d.pt")
+    assert defended["BA"] == record["after"]["BA"]
+    assert defended["defence"]["best_step"] == record["best_step"]
+    with pytest.raises(InputError, match="bounds already"):
+        run_unit(tmp_path / "d.pt", tmp_path)
+
+
+def test_ctrl_c_saves_the_best_bounds_and_ends_in_130(victim_file, tmp_path):
+    flags = ["--out", str(tmp_path / "d.pt"), "--results", str(tmp_path / "r"), "--outdir", str(tmp_path)]
+    process = command("unit.py", *SMALL, "--ckpt", str(victim_file), *flags, "--n_steps", "100000")
+    for line in process.stdout:
+        if line.startswith("step"):
+            break
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate()
+    assert process.returncode == 130
+    assert "keeping the best bounds so far" in out
+    assert "Traceback" not in err
+    assert utils.load_checkpoint(tmp_path / "d.pt")["bounds"] is not None
+
+
+def test_train_resumes_after_a_kill_to_the_same_bits(tmp_path):
+    whole, cut = tmp_path / "whole.pt", tmp_path / "cut.pt"
+    train.main([*TRAIN, "--attack", "badnet", "--ckpt", str(whole)])
+    process = command("train.py", *TRAIN, "--attack", "badnet", "--ckpt", str(cut), cwd=str(tmp_path))
+    partial = tmp_path / "cut.partial.pt"
+    while not partial.exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.communicate()
+    assert not cut.exists()
+    process = command("train.py", *TRAIN, "--attack", "badnet", "--ckpt", str(cut))
+    out, err = process.communicate()
+    assert process.returncode == 0, err
+    assert re.search(r"going on after epoch [123] of 3", out)
+    assert not partial.exists()
+    a, b = utils.load_checkpoint(whole), utils.load_checkpoint(cut)
+    assert all(torch.equal(a["state_dict"][k], b["state_dict"][k]) for k in a["state_dict"])
+    assert [h["loss"] for h in a["history"]] == [h["loss"] for h in b["history"]]
+    assert (a["BA"], a["ASR"]) == (b["BA"], b["ASR"])
+
+
+def test_a_partial_run_with_other_settings_is_not_taken(tmp_path):
+    out = tmp_path / "v.pt"
+    partial = out.with_suffix(".partial.pt")
+    utils.save_checkpoint({"config": {"attack": "wanet"}}, partial)
+    with pytest.raises(InputError, match="--no-resume"):
+        train.main([*TRAIN, "--ckpt", str(out)])
+    partial.write_bytes(b"damaged")
+    with pytest.raises(InputError, match="--no-resume"):
+        train.main([*TRAIN, "--ckpt", str(out)])
+    assert not out.exists()
+
+
+def test_a_finished_victim_is_not_overwritten(victim_file):
+    before = victim_file.read_bytes()
+    with pytest.raises(InputError, match="--overwrite"):
+        train.main([*TRAIN, "--ckpt", str(victim_file)])
+    assert victim_file.read_bytes() == before
+
+
+@pytest.mark.parametrize("attack", ["none", "wanet", "reflection"])
+def test_every_attack_trains_and_is_saved_with_what_judges_it(tmp_path, attack, capsys):
+    out = tmp_path / "v.pt"
+    flags = ["--poison_rate", "0.04"] if attack == "reflection" else []
+    train.main([*TRAIN, "--epochs", "1", "--attack", attack, "--ckpt", str(out), *flags])
+    v = utils.load_checkpoint(out)
+    assert (v["attack"], v["target"], v["dataset"], v["width"], v["seed"]) == (
+        attack,
+        0,
+        "cifar10_sample",
+        0.0625,
+        1024,
+    )
+    assert v["poison_rate"] == {"none": 0.0, "wanet": 0.1, "reflection": 0.04}[attack]
+    assert len(v["poison_indices"]) == {"none": 0, "wanet": 0, "reflection": 20}[attack]
+    assert (v["trigger"] is None) == (attack == "none")
+    assert (v["n_clean"], v["n_triggered"]) == (2000, 0 if attack == "none" else 1800)
+    assert v["versions"]["torch"] == str(torch.__version__)
+    assert "Benign accuracy" in capsys.readouterr().out
+
+
+def test_clean_label_poison_beyond_the_target_class_is_bad_input(tmp_path):
+    with pytest.raises(InputError, match="lower it"):
+        train.main([*TRAIN, "--attack", "reflection", "--poison_rate", "0.2", "--ckpt", str(tmp_path / "v.pt")])

@@ -1,0 +1,159 @@
+"""Properties of the networks, the clipping activation and the folding of batch norm."""
+
+import pytest
+import torch
+from torch import nn
+
+import models
+from models.custom_modules import ClippedReLU
+from models.folding import fold_batch_norm
+
+
+def random_bounds(model, scale, seed=0):
+    """Bounds of every site's own shape, uniform in [0, scale)."""
+    shapes = {}
+    handles = [
+        m.register_forward_hook(lambda _m, _i, out, name=name: shapes.update({name: out.shape[1:]}))
+        for name, m in models.activation_sites(model).items()
+    ]
+    model(torch.zeros(1, 3, 32, 32))
+    for handle in handles:
+        handle.remove()
+    g = torch.Generator().manual_seed(seed)
+    return {name: scale * torch.rand(shape, generator=g) for name, shape in shapes.items()}
+
+
+@pytest.mark.parametrize(("name", "sites"), [("resnet18", 17), ("resnet34", 33), ("resnet50", 49)])
+def test_sites_are_one_after_every_relu_in_forward_order(name, sites):
+    model = models.get_model(name, width=1 / 16).eval()
+    order = []
+    for path, m in model.named_modules():
+        if isinstance(m, nn.ReLU):
+            m.register_forward_hook(lambda _m, _i, _o, path=path: order.append(path))
+    assert model(torch.rand(2, 3, 32, 32)).shape == (2, 10)
+    assert order == list(models.activation_sites(model))
+    assert len(order) == sites
+
+
+def test_state_dict_has_the_keys_of_public_checkpoints():
+    want = {"conv1.weight", "linear.weight", "linear.bias"}
+    bn = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+    want |= {f"bn1.{k}" for k in bn}
+    for stage in range(1, 5):
+        for block in range(2):
+            for i in (1, 2):
+                want.add(f"layer{stage}.{block}.conv{i}.weight")
+                want |= {f"layer{stage}.{block}.bn{i}.{k}" for k in bn}
+        if stage > 1:
+            want.add(f"layer{stage}.0.shortcut.0.weight")
+            want |= {f"layer{stage}.0.shortcut.1.{k}" for k in bn}
+    state = models.get_model("resnet18").state_dict()
+    assert set(state) == want
+    assert state["conv1.weight"].shape == (64, 3, 3, 3)
+    assert state["linear.weight"].shape == (10, 512)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet34", "resnet50"])
+@pytest.mark.parametrize("width", [1 / 16, 0.25])
+def test_a_state_dict_tells_its_network(name, width):
+    state = models.get_model(name, 7, width).state_dict()
+    assert models.describe_state_dict(state) == {"network": name, "width": width, "num_classes": 7}
+
+
+def test_the_network_normalises_at_its_own_door(tiny):
+    seen = []
+    tiny.conv1.register_forward_hook(lambda _m, inputs, _o: seen.append(inputs[0]))
+    x = torch.rand(2, 3, 32, 32)
+    tiny(x)
+    mean = torch.tensor([0.4914, 0.4822, 0.4465]).view(3, 1, 1)
+    std = torch.tensor([0.2023, 0.1994, 0.2010]).view(3, 1, 1)
+    torch.testing.assert_close(seen[0], (x - mean) / std)
+
+
+def test_unknown_network_and_vanishing_width():
+    with pytest.raises(ValueError, match="resnet18, resnet34, resnet50"):
+        models.get_model("resnet19")
+    with pytest.raises(ValueError, match="width"):
+        models.get_model("resnet18", width=0.001)
+
+
+def test_the_activation_is_a_constructor_argument():
+    model = models.get_model("resnet18", width=1 / 16, act_layer=nn.Tanh)
+    assert sum(isinstance(m, nn.Tanh) for m in model.modules()) == 17
+    assert not any(isinstance(m, nn.ReLU) for m in model.modules())
+
+
+def test_infinite_bounds_equal_the_plain_network(tiny, defence):
+    x = defence[2]
+    plain = tiny(x)
+    bounds = {k: torch.full_like(v, torch.inf) for k, v in random_bounds(tiny, 1).items()}
+    models.set_bounds(tiny, bounds)
+    assert sum(isinstance(m, ClippedReLU) for m in tiny.modules()) == 17
+    assert torch.equal(tiny(x), plain)
+    models.set_bounds(tiny, None)
+    assert torch.equal(tiny(x), plain)
+    assert not any(isinstance(m, ClippedReLU) for m in tiny.modules())
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0])
+def test_bounds_of_zero_or_less_leave_the_bias_alone(tiny, value):
+    models.set_bounds(tiny, {k: torch.full_like(v, value) for k, v in random_bounds(tiny, 1).items()})
+    assert torch.equal(tiny(torch.rand(3, 3, 32, 32)), tiny.linear.bias.expand(3, 10))
+
+
+def test_clipped_activations_stay_under_their_bounds(tiny, defence):
+    bounds = random_bounds(tiny, 0.5)
+    models.set_bounds(tiny, bounds)
+    touched = 0
+    for name, site in models.activation_sites(tiny).items():
+
+        def check(_m, _i, out, bound=bounds[name]):
+            nonlocal touched
+            assert (out >= 0).all()
+            assert (out <= bound).all()
+            touched += (out == bound).sum()
+
+        site.register_forward_hook(check)
+    tiny(defence[2][:8])
+    assert touched > 0
+
+
+def test_bounds_have_to_fit_the_sites(tiny):
+    bounds = random_bounds(tiny, 1)
+    bounds["elsewhere"] = bounds.pop("act")
+    with pytest.raises(ValueError, match="elsewhere"):
+        models.set_bounds(tiny, bounds)
+
+
+def test_gradients_are_those_of_the_definition():
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(5, 3, 4, 4, generator=g, requires_grad=True)
+    site = ClippedReLU(torch.randn(3, 4, 4, generator=g))
+    weight = torch.randn(5, 3, 4, 4, generator=g)
+    (site(x) * weight).sum().backward()
+    x2, b2 = x.detach().clone().requires_grad_(), site.bound.detach().clone().requires_grad_()
+    (torch.minimum(x2.relu(), b2.clamp_min(0)) * weight).sum().backward()
+    positive = b2.detach() > 0  # elsewhere the reference has ties
+    torch.testing.assert_close(x.grad * positive, x2.grad * positive)
+    torch.testing.assert_close(site.bound.grad, b2.grad)
+
+
+def test_a_tie_sends_nothing_to_the_bound():
+    # dead neuron: activation 0, bound 0; and an activation exactly at its bound
+    x = torch.tensor([0.0, 2.0]).view(1, 2, 1, 1).requires_grad_()
+    site = ClippedReLU(torch.tensor([0.0, 2.0]).view(2, 1, 1))
+    site(x).sum().backward()
+    assert site.bound.grad.flatten().tolist() == [0, 0]
+    assert x.grad.flatten().tolist() == [0, 1]
+
+
+def test_folding_batch_norm_changes_nothing_but_rounding(tiny, defence):
+    plain = tiny(defence[2])
+    folded = fold_batch_norm(tiny)
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in folded.modules())
+    torch.testing.assert_close(folded(defence[2]), plain, rtol=1e-4, atol=1e-4)
+
+
+def test_folding_wants_eval_mode(tiny):
+    with pytest.raises(ValueError, match="eval"):
+        fold_batch_norm(tiny.train())

@@ -1,0 +1,114 @@
+"""Training: what a batch holds, the schedule, and that it learns."""
+
+import pytest
+import torch
+from torch import nn
+
+import train
+from backdoors import get_backdoor, poison_training_set
+from train import epoch_batches, learning_rate, poisoned_batch
+
+
+class White(nn.Module):
+    """A trigger that is easy to see: the whole image white. Noise mode: the whole image grey."""
+
+    def forward(self, x):
+        return torch.ones_like(x)
+
+    def noise_mode(self, x, generator):
+        return torch.full_like(x, 0.5)
+
+
+@pytest.fixture
+def black():
+    """200 black images, 20 of each class."""
+    return torch.zeros(200, 3, 32, 32, dtype=torch.uint8), torch.arange(10).repeat(20)
+
+
+def whole_epoch(data, poison, batch_size=40, epoch=0):
+    """All batches of an epoch: (brightest pixel of each image, given label, true label)."""
+    order, roles = epoch_batches(len(data[0]), batch_size, poison, 0, epoch)
+    assert order.sort().values.tolist() == list(range(len(order)))
+    rows = []
+    for index, role in zip(order.split(batch_size), roles.split(batch_size), strict=True):
+        x, y = poisoned_batch(*data, index, role, poison, White(), torch.Generator().manual_seed(0))
+        rows.append((x.amax((1, 2, 3)), y, data[1][index]))
+    return [torch.cat(column) for column in zip(*rows, strict=True)]
+
+
+def test_dirty_label_poison_relabels_exactly_the_declared_share(black):
+    poison = poison_training_set(black[1], "badnet", 4, 0.15, seed=1)
+    for epoch in range(2):
+        brightness, given, true = whole_epoch(black, poison, epoch=epoch)
+        hit = brightness == 1
+        assert hit.sum() == 30
+        assert (given[hit] == 4).all()
+        assert torch.equal(given[~hit], true[~hit])
+
+
+def test_clean_label_poison_keeps_the_labels(black):
+    poison = poison_training_set(black[1], "reflection", 4, 0.05, seed=1)
+    brightness, given, true = whole_epoch(black, poison)
+    assert torch.equal(given, true)
+    assert (brightness == 1).sum() == 10
+    assert (true[brightness == 1] == 4).all()
+
+
+def test_wanet_poisons_a_tenth_of_each_batch_and_shows_a_fifth_in_noise_mode(black):
+    poison = poison_training_set(black[1], "wanet", 4, seed=1)
+    brightness, given, true = whole_epoch(black, poison)
+    for b in brightness.split(40):
+        assert ((b == 1).sum(), (b == 0.5).sum()) == (4, 8)
+    assert (given[brightness == 1] == 4).all()
+    assert torch.equal(given[brightness < 1], true[brightness < 1])
+
+
+def test_a_clean_epoch_has_no_trigger(black):
+    brightness, given, true = whole_epoch(black, poison_training_set(black[1], "none", 0))
+    assert (brightness == 0).all()
+    assert torch.equal(given, true)
+
+
+def test_the_trigger_comes_before_the_augmentation():
+    # every poisoned image is white before the crop, so some show the crop's black border
+    data = torch.zeros(200, 3, 32, 32, dtype=torch.uint8), torch.zeros(200, dtype=torch.int64)
+    poison = poison_training_set(data[1], "badnet", 0, 0.5)
+    order, roles = epoch_batches(200, 200, poison, 0, 0)
+    x, _ = poisoned_batch(*data, order, roles, poison, White(), torch.Generator().manual_seed(0))
+    hit = x[roles == 1]
+    assert set(hit.unique().tolist()) == {0.0, 1.0}
+    assert (hit[:, :, 16, 16] == 1).all()
+
+
+def test_real_triggers_leave_the_data_set_alone(black):
+    images = torch.randint(0, 256, (50, 3, 32, 32), dtype=torch.uint8)
+    before = images.clone()
+    poison = poison_training_set(black[1][:50], "badnet", 0, 0.5)
+    order, roles = epoch_batches(50, 50, poison, 0, 0)
+    labels = black[1][:50].clone()
+    x, y = poisoned_batch(images, labels, order, roles, poison, get_backdoor("badnet"), torch.Generator())
+    assert torch.equal(images, before)
+    assert torch.equal(labels, black[1][:50])
+    assert (y[roles == 1] == 0).all()
+    assert 0 <= x.min() <= x.max() <= 1
+
+
+def test_the_rate_rises_to_its_peak_and_falls_to_nothing():
+    rates = [learning_rate(i, 1000, 0.4) for i in range(1000)]
+    assert max(rates) == pytest.approx(0.4, rel=1e-2)
+    top = rates.index(max(rates))
+    assert rates[:top] == sorted(rates[:top])
+    assert rates[top:] == sorted(rates[top:], reverse=True)
+    assert 0 < rates[0] < 0.01
+    assert 0 < rates[-1] < 0.001
+
+
+def test_it_learns(tmp_path, capsys):
+    """A few epochs on the sample beat chance by far, on training labels and on test images."""
+    out = tmp_path / "v.pt"
+    flags = ["--dataset", "cifar10_sample", "--width", "0.125", "--epochs", "12", "--batch_size", "25"]
+    train.main([*flags, "--attack", "badnet", "--lr", "0.05", "--ckpt", str(out)])
+    history = torch.load(out, weights_only=True)["history"]
+    assert history[-1]["accuracy"] > 0.3
+    assert history[-1]["BA"] > 0.2
+    assert history[-1]["loss"] < history[0]["loss"] - 0.3

@@ -1,0 +1,167 @@
+"""The method: the recorded trajectory, and properties of the bounds."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+
+import models
+import unit
+from unit import AlphaSchedule, UnitConfig, tighten
+
+
+def tiny_config(golden, **kwargs):
+    """The settings of the recorded run, with changes."""
+    settings = {"lr": float(golden["lr"]), "acc_degrade": float(golden["acc_degrade"])}
+    return UnitConfig(**{**settings, "n_steps": int(golden["n_steps"]), **kwargs})
+
+
+@pytest.mark.parametrize("micro_batch", [400, 64])
+def test_golden_trajectory(tiny, defence, golden, micro_batch):
+    """Full batch and micro-batches (64 does not divide 400) alike, over all 140 steps."""
+    result = tighten(tiny, *defence, tiny_config(golden, micro_batch=micro_batch))
+    history = result.history
+    assert result.initial_acc == pytest.approx(float(golden["valid_acc_initial"]), abs=1e-6)
+    np.testing.assert_array_equal(history["alpha"], golden["alpha"])
+    np.testing.assert_allclose(history["reg"], golden["reg"], rtol=1e-4)
+    np.testing.assert_allclose(history["ce"], golden["ce"], atol=5e-3)
+    np.testing.assert_allclose(history["valid_acc"], golden["valid_acc"], atol=0.0201)  # a boundary image may flip
+    recorded = [v for k, v in golden.items() if k.startswith("bound_mean.")]
+    for mean, (name, ours) in zip(recorded, result.bound_mean.items(), strict=True):
+        np.testing.assert_allclose(ours, mean, rtol=1e-3, atol=1e-3, err_msg=name)
+    assert result.best_step == golden["best_step"]
+    # the bounds that were measured: those after the chosen step's update
+    for name, bound in result.bounds.items():
+        assert bound.mean().item() == pytest.approx(result.bound_mean[name][result.best_step], rel=1e-5)
+
+
+def test_single_bounds_agree_with_the_record_as_long_as_rounding_allows(tiny, defence, golden):
+    """The recorded best bounds are those before the best step's update; their distribution agrees, site by site."""
+    best = int(golden["best_step"])
+    result = tighten(tiny, *defence, tiny_config(golden, n_steps=best, acc_degrade=1.0))
+    assert result.best_step == best - 1
+    for key, bound in zip((k for k in golden if k.startswith("best_bound.")), result.bounds.values(), strict=True):
+        recorded = torch.from_numpy(golden[key])
+        assert bound.shape == recorded.shape
+        assert (bound - recorded).abs().mean() < 2 * float(golden["lr"])
+
+
+def test_micro_batches_equal_the_full_batch(tiny, defence, golden):
+    full, micro = (tighten(tiny, *defence, tiny_config(golden, n_steps=5, micro_batch=m)).bounds for m in (400, 64))
+    for name in full:
+        torch.testing.assert_close(micro[name], full[name], rtol=0, atol=1e-5)
+
+
+def test_same_input_same_bits_and_the_model_is_left_alone(tiny, defence, golden):
+    before = copy.deepcopy(tiny.state_dict())
+    first, second = (tighten(tiny, *defence, tiny_config(golden, n_steps=3)) for _ in range(2))
+    assert all(torch.equal(first.bounds[k], second.bounds[k]) for k in first.bounds)
+    assert first.history == second.history
+    assert all(torch.equal(v, tiny.state_dict()[k]) for k, v in before.items())
+    assert not any(isinstance(m, models.ClippedReLU) for m in tiny.modules())
+    assert all(p.requires_grad for p in tiny.parameters())
+
+
+def test_bounds_start_at_mean_plus_four_sigma(tiny, defence):
+    x = defence[0]
+    seen = {}
+    for name, site in models.activation_sites(tiny).items():
+        site.register_forward_hook(lambda _m, _i, out, name=name: seen.update({name: out}))
+    with torch.no_grad():
+        tiny(x)
+    want = {name: a.double().mean(0) + 4 * a.double().std(0) for name, a in seen.items()}
+    got = unit.initial_bounds(tiny, x.split(150), 4.0)
+    for name in want:
+        torch.testing.assert_close(got[name].double(), want[name], rtol=1e-4, atol=1e-5)
+
+
+def test_chosen_bounds_are_good_measured_and_never_negative(tiny, defence, golden):
+    config = tiny_config(golden, n_steps=60)
+    result = tighten(tiny, *defence, config)
+    good = [acc >= result.initial_acc - config.acc_degrade for acc in result.history["valid_acc"]]
+    regs = [r if ok else np.inf for r, ok in zip(result.history["reg"], good, strict=True)]
+    assert result.found_good
+    assert result.best_step == int(np.argmin(regs))
+    assert all((b >= 0).all() for b in result.bounds.values())
+    assert list(result.bounds) == list(models.activation_sites(tiny))
+    models.set_bounds(tiny, result.bounds)
+    accuracy = (tiny(defence[2]).argmax(1) == defence[3]).float().mean().item()
+    assert accuracy == pytest.approx(result.history["valid_acc"][result.best_step], abs=1e-6)
+
+
+def test_without_a_good_step_the_last_is_taken(tiny, defence, golden):
+    x_train, y_train, x_valid, y_valid = defence
+    # a rate so large that the first step destroys the network
+    result = tighten(tiny, *defence, tiny_config(golden, n_steps=3, lr=100.0, acc_degrade=0.0))
+    assert not result.found_good
+    assert result.best_step == 2
+    assert result.history["valid_acc"][-1] < result.initial_acc
+
+
+def test_ctrl_c_keeps_the_best_so_far(tiny, defence, golden):
+    def stop_at_2(step, now):
+        if step == 2:
+            raise KeyboardInterrupt
+
+    result = tighten(tiny, *defence, tiny_config(golden), on_step=stop_at_2)
+    assert result.interrupted
+    assert len(result.history["reg"]) == 3
+    whole = tighten(tiny, *defence, tiny_config(golden, n_steps=3))
+    assert all(torch.equal(result.bounds[k], whole.bounds[k]) for k in whole.bounds)
+
+
+def test_uint8_images_are_taken_too(tiny, defence, golden):
+    as_bytes = [(t * 255).round().to(torch.uint8) if t.is_floating_point() else t for t in defence]
+    a, b = (tighten(tiny, *data, tiny_config(golden, n_steps=1)) for data in (defence, as_bytes))
+    assert a.history == b.history
+
+
+def test_bf16_agrees_with_fp32_at_the_start(tiny, defence, golden):
+    a, b = (tighten(tiny, *defence, tiny_config(golden, n_steps=2, precision=p)) for p in ("fp32", "bf16"))
+    np.testing.assert_allclose(b.history["reg"], a.history["reg"], rtol=1e-2)
+    np.testing.assert_allclose(b.history["ce"], a.history["ce"], rtol=5e-2)
+
+
+# --- alpha ----------------------------------------------------------------------------------------------------------
+
+
+def run(schedule, goods):
+    """alpha before each step, and after the last."""
+    alphas = [schedule.alpha]
+    for good in goods:
+        schedule.update(good)
+        alphas.append(schedule.alpha)
+    return alphas
+
+
+def test_alpha_doubles_after_every_five_good_steps():
+    alphas = run(AlphaSchedule(), [True] * 15)
+    assert alphas == [1e-3] * 5 + [2e-3] * 5 + [4e-3] * 5 + [8e-3]
+
+
+def test_alpha_is_cut_after_every_five_bad_steps():
+    alphas = run(AlphaSchedule(), [False] * 10)
+    assert alphas[:5] == [1e-3] * 5
+    assert alphas[5:10] == [1e-3 / 2**1.5] * 5
+    assert alphas[10] == pytest.approx(1e-3 / 8)
+
+
+def test_a_change_of_sides_starts_the_count_again():
+    assert set(run(AlphaSchedule(), ([True] * 4 + [False] * 4) * 6)) == {1e-3}
+
+
+def test_five_good_steps_under_the_start_bring_alpha_back_to_it():
+    alphas = run(AlphaSchedule(), [False] * 10 + [True] * 4)
+    assert alphas[-1] == pytest.approx(1e-3 / 8)
+    schedule = AlphaSchedule()
+    run(schedule, [False] * 10 + [True] * 5)
+    assert schedule.alpha == 1e-3
+    # the counters went to 0 with the reset and that step counts as the first good one: four more double alpha
+    assert run(schedule, [True] * 4) == [1e-3] * 4 + [2e-3]
+
+
+def test_the_recorded_alphas_follow_from_the_recorded_accuracies(golden):
+    limit = float(golden["valid_acc_initial"]) - float(golden["acc_degrade"])
+    goods = [acc >= limit - 1e-6 for acc in golden["valid_acc"].tolist()]
+    assert run(AlphaSchedule(), goods)[:-1] == golden["alpha"].tolist()
