@@ -83,10 +83,10 @@ def victim_backdoor(attack, checkpoint, device):
         return None
     try:
         backdoor = get_backdoor(attack)
-    except (FileNotFoundError, ValueError) as error:
-        raise cli.InputError(str(error)) from None
-    if checkpoint["trigger"] is not None and checkpoint["attack"] == attack:
-        backdoor.load_state_dict(checkpoint["trigger"])
+        if checkpoint["trigger"] is not None and checkpoint["attack"] == attack:
+            backdoor.load_state_dict(checkpoint["trigger"])
+    except (OSError, ValueError, RuntimeError) as error:
+        raise cli.InputError(f"no trigger for {attack}: {' '.join(str(error).split())[:200]}") from None
     return backdoor.to(device)
 
 

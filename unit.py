@@ -354,11 +354,13 @@ def main(argv=None):
     )
     picture = Path(args.outdir) / f"unit_{args.attack}.png"
     draw_history(result.history, result.best_step, result.initial_acc - config.acc_degrade, picture)
+    places = ("datadir", "ckpt", "out", "outdir", "results")  # of this machine, of no use on another
     stem = f"unit_{args.dataset}_{tag}_{args.attack}_{time.strftime('%Y%m%d-%H%M%S')}"
     record = Path(args.results) / f"{stem}.json"
     utils.save_json(
         {
-            "settings": {**vars(args), **asdict(config)},
+            "settings": {k: v for k, v in vars(args).items() if k not in places} | asdict(config),
+            "victim": path.name,
             "machine": utils.machine() | {"device_type": device.type},
             "seconds": seconds,
             "n_train": len(data[0]),

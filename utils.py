@@ -38,7 +38,8 @@ def has_fast_bf16(device):
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device)[0] >= 8
     if device.type == "cpu" and platform.machine() in ("x86_64", "AMD64"):
-        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        tests = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # not in every torch
+        return any(getattr(torch.cpu, test, bool)() for test in tests)
     return False
 
 
@@ -229,7 +230,7 @@ def load_checkpoint(path):
 def _how_to_make(path):
     for attack in ("none", "badnet", "wanet", "reflection"):
         for network in models.NETWORKS:
-            if path == checkpoint_path("cifar10", network, attack):
+            if path.resolve() == checkpoint_path("cifar10", network, attack):
                 return f"make it with: python train.py --network {network} --attack {attack}"
             if path.name.endswith(f"_{network}_{attack}_unit.pt"):
                 return f"make it with: python unit.py --network {network} --attack {attack}"
@@ -248,6 +249,6 @@ def load_model(path, device="cpu"):
         model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in state.items()})
         if checkpoint["bounds"] is not None:
             models.set_bounds(model, checkpoint["bounds"])
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, TypeError, AttributeError, KeyError) as error:
         raise InputError(f"{path} does not fit: {' '.join(str(error).split())[:300]}") from None
     return model.to(device).eval(), checkpoint

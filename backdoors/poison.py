@@ -32,9 +32,13 @@ def poison_training_set(labels, attack, target, rate=None, seed=0):
 
     labels: int64 (N,); rate: share of the whole training set in [0, 1), None for the attack's usual one.
     Returns a Poison whose number of images is round(rate * N) exactly.
-    Raises ValueError when a clean-label attack wants more images than the target class has.
+    Raises ValueError for a rate that cannot be, and when a clean-label attack wants more images than the target class
+    has.
     """
     rate = POISON_RATE[attack] if rate is None else rate
+    noise_rate = NOISE_RATE.get(attack, 0.0)
+    if not 0 <= rate < 1 or rate + noise_rate > 1:
+        raise ValueError(f"poison rate {rate} must lie in [0, {1 - noise_rate:g})")
     n = round(rate * len(labels))
     pool = torch.arange(len(labels))
     if attack in CLEAN_LABEL:
@@ -47,22 +51,28 @@ def poison_training_set(labels, attack, target, rate=None, seed=0):
         n = 0
     order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed))
     indices = pool[order[:n]].sort().values
-    return Poison(attack, target, rate, NOISE_RATE.get(attack, 0.0), attack not in CLEAN_LABEL, indices)
+    return Poison(attack, target, rate, noise_rate, attack not in CLEAN_LABEL, indices)
 
 
 def epoch_roles(poison, n, batch_size, seed, epoch):
     """Return int64 (n,), the role of each position of an epoch's order: 0 plain, 1 poisoned, 2 noise mode (WaNet).
 
-    Cut into batches of `batch_size`, every batch holds its share to one image, and the epoch holds it exactly.
-    Only for attacks that draw anew each epoch.
+    Cut into batches of `batch_size`, every batch holds its share to one image where it has the room, and the epoch
+    holds it exactly. Only for attacks that draw anew each epoch.
     """
     g = torch.Generator().manual_seed(seed * 100_003 + epoch)
     roles = torch.zeros(n, dtype=torch.int64)
+    wanted = {1: poison.rate, 2: poison.noise_rate}
     for start in range(0, n, batch_size):
         stop = min(start + batch_size, n)
-        n_poison = round(stop * poison.rate) - round(start * poison.rate)
-        n_noise = round(stop * poison.noise_rate) - round(start * poison.noise_rate)
-        order = start + torch.randperm(stop - start, generator=g)
-        roles[order[:n_poison]] = 1
-        roles[order[n_poison : n_poison + n_noise]] = 2
+        # what an earlier batch had no room for is owed by this one; the last may owe to the whole epoch
+        free = start + torch.randperm(stop - start, generator=g)
+        for role, rate in wanted.items():
+            owed = round(stop * rate) - int((roles == role).sum())
+            roles[free[:owed]] = role
+            free = free[owed:]
+    for role, rate in wanted.items():
+        plain = (roles == 0).nonzero()[:, 0]
+        owed = round(n * rate) - int((roles == role).sum())
+        roles[plain[torch.randperm(len(plain), generator=g)[:owed]]] = role
     return roles

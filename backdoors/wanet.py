@@ -23,8 +23,10 @@ def make_grids(size, seed=SEED):
 
 
 def _read_grid(path, size):
-    # the authors' files hold CUDA tensors
-    grid = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        grid = torch.load(path, map_location="cpu", weights_only=True)  # the authors' files hold CUDA tensors
+    except Exception as error:  # whatever a foreign file makes torch raise
+        raise ValueError(f"{path} is no grid file ({type(error).__name__}); put the right file there") from None
     if not isinstance(grid, torch.Tensor) or grid.shape != (1, size, size, 2):
         raise ValueError(f"{path} does not hold a grid of shape (1, {size}, {size}, 2); put the right file there")
     return grid.detach().float()

@@ -288,7 +288,7 @@ def test_wanet_code_in_a_grid_file_is_not_run(save, other_folder, tmp_path):
         torch.save(evil, other_folder / NOISE)
     else:
         (other_folder / NOISE).write_bytes(pickle.dumps(evil, protocol=2))
-    with pytest.raises((pickle.UnpicklingError, ValueError)):  # noqa: PT011
+    with pytest.raises(ValueError, match="no grid file"):
         get_backdoor("wanet", folder=other_folder)
     assert not (tmp_path / "harm").exists()
     # the trap does spring where code may run, even if what comes out is no tensor
@@ -520,3 +520,16 @@ def test_triggers_folder_is_complete(tmp_path):
     for name in TRIGGERS:
         assert torch.equal(get_backdoor(name, folder=copy)(x), get_backdoor(name)(x))
     assert {p: p.stat().st_mtime_ns for p in copy.rglob("*")} == before
+
+
+def test_epoch_roles_catch_up_where_a_batch_has_no_room():
+    poison = poison_training_set(torch.zeros(1000, dtype=torch.int64), "wanet", 0, 0.7)
+    for batch_size in (1, 3, 128):
+        roles = epoch_roles(poison, 1000, batch_size, 0, 0)
+        assert roles.bincount().tolist() == [100, 700, 200]
+
+
+@pytest.mark.parametrize(("attack", "rate"), [("badnet", -0.1), ("badnet", 1.0), ("badnet", 1.5), ("wanet", 0.81)])
+def test_poison_rates_that_cannot_be(attack, rate):
+    with pytest.raises(ValueError, match="poison rate"):
+        poison_training_set(torch.zeros(1000, dtype=torch.int64), attack, 0, rate)

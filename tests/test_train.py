@@ -112,3 +112,13 @@ def test_it_learns(tmp_path, capsys):
     assert history[-1]["accuracy"] > 0.3
     assert history[-1]["BA"] > 0.2
     assert history[-1]["loss"] < history[0]["loss"] - 0.3
+
+
+@pytest.mark.parametrize("width", [0.0625, 0.25])
+def test_odd_batches_of_narrow_networks_train(tmp_path, width):
+    """Channels last, such a batch made torch write past a buffer: the process died, or its weights were damaged."""
+    out = tmp_path / "v.pt"
+    flags = ["--dataset", "cifar10_sample", "--width", str(width), "--epochs", "1", "--batch_size", "25"]
+    train.main([*flags, "--attack", "none", "--ckpt", str(out)])
+    state = torch.load(out, weights_only=True)["state_dict"]
+    assert all(v.isfinite().all() for v in state.values())
