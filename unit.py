@@ -121,9 +121,14 @@ def tighten(model, x_train, y_train, x_valid, y_valid, config=UnitConfig(), on_s
 
     model: a network of this repo; images float (N, 3, H, W) in [0, 1] (or uint8), labels int64 (N,), on any device.
     on_step: called after each step with (step, {"alpha", "ce", "reg", "valid_acc"}).
+    Raises ValueError when the network has no activation module that could be clipped, or bounds already.
     Returns a UnitResult; models.set_bounds(model, result.bounds) applies it. Ctrl-C ends the search early and keeps
     what it found, unless not a single step was done.
     """
+    if any(isinstance(site, models.ClippedReLU) for site in models.activation_sites(model).values()):
+        raise ValueError("the network has bounds already; models.set_bounds(model, None) takes them off")
+    if not models.activation_sites(model):
+        raise ValueError("the network has no nn.ReLU module to clip; give each activation a module of its own")
     device = next(model.parameters()).device
     net = frozen_copy(model, utils.get_dtype(config.precision, device))
     (x_train, y_train), (x_valid, y_valid) = (
@@ -227,7 +232,12 @@ def frozen_copy(model, dtype=torch.float32):
     dtype: of its convolutions and its linear layer, and so of its activations and logits.
     """
     device = next(model.parameters()).device
-    net = fold_batch_norm(copy.deepcopy(model).cpu().eval()).requires_grad_(False)
+    net = copy.deepcopy(model).cpu().eval().requires_grad_(False)
+    folded = fold_batch_norm(copy.deepcopy(net))
+    probe = torch.linspace(0, 1, 2 * 3 * 32 * 32).view(2, 3, 32, 32)
+    # a network that does not run each batch norm right after the convolution registered before it stays as it is
+    if torch.allclose(folded(probe), net(probe), rtol=1e-3, atol=1e-3):
+        net = folded
     for layer in net.modules():
         if isinstance(layer, (nn.Conv2d, nn.Linear)):
             layer.to(dtype)

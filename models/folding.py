@@ -15,7 +15,8 @@ def fold_batch_norm(model):
     for parent in list(model.modules()):
         conv = None
         for name, child in list(parent.named_children()):
-            if isinstance(child, nn.BatchNorm2d) and conv is not None:
+            norm = isinstance(child, nn.BatchNorm2d) and conv is not None
+            if norm and conv[1].out_channels == child.num_features:
                 dtype = conv[1].weight.dtype
                 setattr(parent, conv[0], fuse_conv_bn_eval(conv[1].double(), child.double()).to(dtype))
                 setattr(parent, name, nn.Identity())

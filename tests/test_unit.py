@@ -165,3 +165,38 @@ def test_the_recorded_alphas_follow_from_the_recorded_accuracies(golden):
     limit = float(golden["valid_acc_initial"]) - float(golden["acc_degrade"])
     goods = [acc >= limit - 1e-6 for acc in golden["valid_acc"].tolist()]
     assert run(AlphaSchedule(), goods)[:-1] == golden["alpha"].tolist()
+
+
+# --- networks that are built otherwise ------------------------------------------------------------------------------
+
+
+class Odd(torch.nn.Module):
+    """Registers a batch norm after a convolution that it does not follow; with 3 channels it could."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.conv = torch.nn.Conv2d(3, channels, 3, padding=1)
+        self.bn = torch.nn.BatchNorm2d(3)
+        self.act = torch.nn.ReLU()
+        self.linear = torch.nn.Linear(channels, 10)
+        torch.nn.init.uniform_(self.bn.running_mean)
+
+    def forward(self, x):
+        return self.linear(self.act(self.conv(self.bn(x))).mean((2, 3)))
+
+
+@pytest.mark.parametrize("channels", [3, 4])
+def test_a_network_in_which_batch_norm_cannot_be_folded_is_left_as_it_is(defence, channels):
+    model = Odd(channels).eval()
+    torch.testing.assert_close(unit.frozen_copy(model)(defence[2]), model(defence[2]))
+    result = tighten(model, *defence, UnitConfig(n_steps=2))
+    assert result.bounds["act"].shape == (channels, 32, 32)
+
+
+def test_what_cannot_be_clipped_is_said(tiny, defence):
+    models.set_bounds(tiny, tighten(tiny, *defence, UnitConfig(n_steps=1)).bounds)
+    with pytest.raises(ValueError, match="already"):
+        tighten(tiny, *defence, UnitConfig(n_steps=1))
+    model = models.get_model("resnet18", width=1 / 16, act_layer=torch.nn.GELU)
+    with pytest.raises(ValueError, match="no nn.ReLU"):
+        tighten(model, *defence, UnitConfig(n_steps=1))

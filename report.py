@@ -1,0 +1,85 @@
+"""Writes the tables of figures: the victims in ckpt/README.md, the runs of unit.py in README.md.
+
+    python report.py
+
+No figure in them is typed by hand: they come from the checkpoints and from results/*.json, and stand between two marks.
+"""
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+
+import cli
+import utils
+
+BEGIN, END = "<!-- begin: written by report.py -->", "<!-- end -->"
+
+
+def percent(share):
+    """Return a share in [0, 1] as the tables have it."""
+    return "–" if share is None else f"{100 * share:.2f}"
+
+
+def markdown(header, rows):
+    """Return a table in Markdown."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def victims(folder):
+    """Return the table of the victims in `folder`: what they are, their figures, what made them."""
+    rows = []
+    for path in sorted(folder.glob("*.pt")):
+        if path.stem.endswith((".partial", "_unit")):
+            continue
+        c = utils.load_checkpoint(path)
+        kind = "clean" if c["attack"] == "none" else "clean-label" if c["clean_label"] else "dirty-label"
+        rows.append([
+            f"`{path.name}`", f"{kind}, {100 * c['poison_rate']:g} %", percent(c["BA"]), percent(c["ASR"]), c["epochs"],
+            f"{c['seconds']:.0f}", f"{c['versions']['device']}, {c['versions']['threads']} threads",
+            f"`{hashlib.sha256(path.read_bytes()).hexdigest()}`",
+        ])  # fmt: skip
+    header = ["file", "poison", "BA %", "ASR %", "epochs", "seconds", "machine", "sha256"]
+    return markdown(header, rows)
+
+
+def runs(folder):
+    """Return the table of the records of unit.py in `folder`, whole runs only."""
+    rows = []
+    for path in sorted(folder.glob("unit_*.json")):
+        r = json.loads(path.read_text())
+        if r["interrupted"]:
+            continue
+        s, m = r["settings"], r["machine"]
+        rows.append([
+            s["attack"], s["dataset"], f"{r['n_train'] + r['n_valid']:,}", s["n_steps"],
+            f"{percent(r['before']['BA'])} / {percent(r['before']['ASR'])}",
+            f"**{percent(r['after']['BA'])} / {percent(r['after']['ASR'])}**",
+            f"{r['history']['reg'][0]:.2f} → {r['history']['reg'][r['best_step']]:.2f}", r["best_step"] + 1,
+            f"{r['seconds']:.0f}", f"{m['device']}, {s['precision']}", f"[json](results/{path.name})",
+        ])  # fmt: skip
+    header = ["attack", "measured on", "defence images", "steps", "BA/ASR before", "after", "R", "step chosen"]
+    return markdown([*header, "seconds", "machine", "record"], rows)
+
+
+def put(path, table):
+    """Replace what stands between the marks in the file `path`. Raises InputError when the marks are not there."""
+    text = path.read_text()
+    if text.count(BEGIN) != 1 or END not in text.partition(BEGIN)[2]:
+        raise cli.InputError(f"{path} has no place for the table; put the lines {BEGIN} and {END} into it")
+    before, _, rest = text.partition(BEGIN)
+    new = f"{before}{BEGIN}\n{table}\n{END}{rest.partition(END)[2]}"
+    utils.write_whole(path, lambda p: p.write_text(new))
+
+
+def main():
+    """The command."""
+    root = Path(cli.ROOT)
+    put(root / "ckpt" / "README.md", victims(root / "ckpt"))
+    put(root / "README.md", runs(root / "results"))
+    print("wrote ckpt/README.md and README.md", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    cli.run(main)
