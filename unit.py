@@ -122,6 +122,7 @@ def tighten(model, x_train, y_train, x_valid, y_valid, config=UnitConfig(), on_s
     model: a network of this repo; images float (N, 3, H, W) in [0, 1] (or uint8), labels int64 (N,), on any device.
     on_step: called after each step with (step, {"alpha", "ce", "reg", "valid_acc"}).
     Raises ValueError when the network has no activation module that could be clipped, or bounds already.
+    Under torchrun the processes share the images, and all return the same result.
     Returns a UnitResult; models.set_bounds(model, result.bounds) applies it. Ctrl-C ends the search early and keeps
     what it found, unless not a single step was done.
     """
@@ -131,10 +132,10 @@ def tighten(model, x_train, y_train, x_valid, y_valid, config=UnitConfig(), on_s
         raise ValueError("the network has no nn.ReLU module to clip; give each activation a module of its own")
     device = next(model.parameters()).device
     net = frozen_copy(model, utils.get_dtype(config.precision, device))
+    n_train = len(y_train)
     (x_train, y_train), (x_valid, y_valid) = (
         _batches(x, y, config.micro_batch, device) for x, y in ((x_train, y_train), (x_valid, y_valid))
     )
-    n_train = sum(map(len, y_train))
 
     initial_acc = accuracy(net, x_valid, y_valid)
     models.set_bounds(net, initial_bounds(net, x_train, config.n_sigma))
@@ -157,6 +158,7 @@ def tighten(model, x_train, y_train, x_valid, y_valid, config=UnitConfig(), on_s
                 loss = F.cross_entropy(net(x).float(), y, reduction="sum") / n_train
                 loss.backward()
                 ce += loss.detach()
+            utils.sum_over_ranks([ce, *(b.grad for b in bounds)])
             reg = sum(site.clip_level().mean() for site in sites.values())
             (alpha * reg).backward()
             optimizer.step()
@@ -213,8 +215,10 @@ def initial_bounds(net, x_batches, n_sigma):
             handle.remove()
     bounds = {}
     for name, (n, s1, s2) in sums.items():
+        n = torch.tensor(n, dtype=s1.dtype, device=s1.device)
+        utils.sum_over_ranks([n, s1, s2])
         mean = s1 / n
-        variance = (s2 - n * mean.square()).clamp_min(0) / max(n - 1, 1)
+        variance = (s2 - n * mean.square()).clamp_min(0) / (n - 1).clamp_min(1)
         bounds[name] = (mean + n_sigma * variance.sqrt()).float()
     return bounds
 
@@ -223,7 +227,10 @@ def initial_bounds(net, x_batches, n_sigma):
 def accuracy(net, x_batches, y_batches):
     """Return the share of images that `net` classifies as labelled, a float in [0, 1]."""
     hits = sum((net(x).argmax(1) == y).sum() for x, y in zip(x_batches, y_batches, strict=True))
-    return hits.item() / sum(map(len, y_batches))
+    counts = torch.stack([hits, torch.full_like(hits, sum(map(len, y_batches)))])
+    utils.sum_over_ranks([counts])
+    hits, n = counts.tolist()
+    return hits / n
 
 
 def frozen_copy(model, dtype=torch.float32):
@@ -245,6 +252,8 @@ def frozen_copy(model, dtype=torch.float32):
 
 
 def _batches(x, y, size, device):
+    rank, n_ranks = utils.ranks()
+    x, y = x[rank::n_ranks], y[rank::n_ranks]
     x = utils.to_float(x) if x.dtype == torch.uint8 else x.float()
     x = x.to(device, memory_format=torch.channels_last)
     return x.split(size), y.to(device).split(size)
@@ -304,17 +313,45 @@ def report(step, now, n_steps, progress):
         )
 
 
+def save_defended(model, checkpoint, result, config, measured, path):
+    """Write the defended model, weights and bounds and what is known of it, as one file that evaluate.py takes."""
+    weights = {k: v for k, v in model.state_dict().items() if not k.endswith(".bound")}
+    utils.save_checkpoint(
+        {
+            **checkpoint,
+            **measured._asdict(),
+            "state_dict": utils.half_weights(weights),
+            "bounds": {k: v.cpu() for k, v in result.bounds.items()},
+            "defence": {"name": "unit", "best_step": result.best_step, **asdict(config)},
+        },
+        path,
+    )
+
+
+def save_record(args, config, result, folder, tag, **figures):
+    """Write the JSON record of a run, settings, machine, history and figures, and return its path."""
+    places = ("datadir", "ckpt", "out", "outdir", "results")  # of this machine, of no use on another
+    path = Path(folder) / f"unit_{args.dataset}_{tag}_{args.attack}_{time.strftime('%Y%m%d-%H%M%S')}.json"
+    record = {
+        "settings": {k: v for k, v in vars(args).items() if k not in places} | asdict(config),
+        "machine": utils.machine() | {"processes": utils.ranks()[1]},
+        **figures,
+        **{k: v for k, v in vars(result).items() if k != "bounds"},
+    }
+    utils.save_json(record, path)
+    return path
+
+
 def main(argv=None):
     """The command."""
     args = parser().parse_args(argv)
-    device = utils.get_device(args.device)
+    device = utils.start_ranks(utils.get_device(args.device))
+    first = utils.ranks()[0] == 0  # under torchrun one process speaks, measures and writes
     dtype = utils.get_dtype(args.precision, device)
     path, model, checkpoint, backdoor, target = load_victim(args, device)
     tag = utils.network_tag(checkpoint["network"], checkpoint["width"])
     out = Path(args.out or utils.CKPT / f"{args.dataset}_{tag}_{args.attack}_unit.pt")
     test = tuple(t.to(device) for t in utils.load_dataset(args.dataset, args.datadir, train=False))
-    if args.dataset != "cifar10":
-        print(f"on {args.dataset}: {len(test[0]):,} test images, a part of CIFAR-10's 10,000")
 
     def measure(model):
         return evaluate(model, *test, backdoor, target, args.batch_size, dtype)
@@ -325,7 +362,6 @@ def main(argv=None):
         return
     if checkpoint["bounds"] is not None:
         raise InputError(f"{path} has bounds already; give --ckpt the victim")
-
     config = UnitConfig(
         lr=args.lr,
         n_steps=args.n_steps,
@@ -334,10 +370,15 @@ def main(argv=None):
         precision="fp32" if dtype == torch.float32 else "bf16",
     )
     data = defence_data(args)
+    if not first:
+        tighten(model, *data, config)
+        return
+
+    if args.dataset != "cifar10":
+        print(f"on {args.dataset}: {len(test[0]):,} test images, a part of CIFAR-10's 10,000")
     print(f"{path}, {len(data[0]):,} training and {len(data[2]):,} validation images, {config.precision} on {device}")
     before = measure(model)
     print(f"before  {before}", flush=True)
-
     start = time.perf_counter()
     with tqdm(total=config.n_steps, unit="step") as progress:
         result = tighten(model, *data, config, lambda step, now: report(step, now, config.n_steps, progress))
@@ -346,46 +387,16 @@ def main(argv=None):
         print(f"interrupted after {len(result.history['ce'])} steps: keeping the best bounds so far")
     if not result.found_good:
         print("note: no step kept the validation accuracy within acc_degrade; the last step's bounds are taken")
-
     models.set_bounds(model, result.bounds)
     after = measure(model)
     print(f"after   {after}\nstep {result.best_step + 1} chosen, {seconds:.1f} s for {len(result.history['ce'])} steps")
 
-    weights = {k: v for k, v in model.state_dict().items() if not k.endswith(".bound")}
-    utils.save_checkpoint(
-        {
-            **checkpoint,
-            **after._asdict(),
-            "state_dict": utils.half_weights(weights),
-            "bounds": {k: v.cpu() for k, v in result.bounds.items()},
-            "defence": {"name": "unit", "best_step": result.best_step, **asdict(config)},
-        },
-        out,
-    )
+    save_defended(model, checkpoint, result, config, after, out)
     picture = Path(args.outdir) / f"unit_{args.attack}.png"
     draw_history(result.history, result.best_step, result.initial_acc - config.acc_degrade, picture)
-    places = ("datadir", "ckpt", "out", "outdir", "results")  # of this machine, of no use on another
-    stem = f"unit_{args.dataset}_{tag}_{args.attack}_{time.strftime('%Y%m%d-%H%M%S')}"
-    record = Path(args.results) / f"{stem}.json"
-    utils.save_json(
-        {
-            "settings": {k: v for k, v in vars(args).items() if k not in places} | asdict(config),
-            "victim": path.name,
-            "machine": utils.machine() | {"device_type": device.type},
-            "seconds": seconds,
-            "n_train": len(data[0]),
-            "n_valid": len(data[2]),
-            "before": before._asdict(),
-            "after": after._asdict(),
-            "initial_acc": result.initial_acc,
-            "best_step": result.best_step,
-            "found_good": result.found_good,
-            "interrupted": result.interrupted,
-            "history": result.history,
-            "bound_mean": result.bound_mean,
-        },
-        record,
-    )
+    figures = {"victim": path.name, "n_train": len(data[0]), "n_valid": len(data[2]), "seconds": seconds}
+    figures |= {"before": before._asdict(), "after": after._asdict()}
+    record = save_record(args, config, result, args.results, tag, **figures)
     print(f"wrote {out}, {picture}, {record}")
     if result.interrupted:
         raise KeyboardInterrupt

@@ -1,5 +1,6 @@
 """What the commands share: device, data, augmentation, checkpoints, files that are whole or absent."""
 
+import atexit
 import json
 import os
 import platform
@@ -7,6 +8,7 @@ import time
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
 import cifar10
@@ -74,6 +76,36 @@ def _cpu_name():
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+# --- more than one process ------------------------------------------------------------------------------------------
+
+
+def start_ranks(device):
+    """Join the processes of torchrun and return this one's device; without torchrun no process group is started."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return device
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    atexit.register(dist.destroy_process_group)
+    return device
+
+
+def ranks():
+    """Return (rank of this process, number of processes); (0, 1) without torchrun."""
+    started = dist.is_available() and dist.is_initialized()
+    return (dist.get_rank(), dist.get_world_size()) if started else (0, 1)
+
+
+def sum_over_ranks(tensors):
+    """Replace each tensor (same dtype and device) by its sum over all processes, in one all-reduce."""
+    if ranks()[1] > 1:
+        flat = torch.cat([t.reshape(-1) for t in tensors])
+        dist.all_reduce(flat)
+        for t, total in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+            t.copy_(total.view(t.shape))
 
 
 # --- data -----------------------------------------------------------------------------------------------------------

@@ -107,6 +107,31 @@ def test_unit_saves_what_it_measured(victim_file, tmp_path, capsys):
         run_unit(tmp_path / "d.pt", tmp_path)
 
 
+def test_two_processes_find_the_same(victim_file, tmp_path):
+    """torchrun shares the images among its processes; alphas agree exactly, bounds to rounding."""
+    results = {}
+    for n in (1, 2):
+        folder = tmp_path / str(n)
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}"] if n > 1 else []
+        flags = ["--ckpt", str(victim_file), "--n_steps", "4", "--lr", "0.01", "--out", str(folder / "d.pt")]
+        flags += ["--results", str(folder), "--outdir", str(folder)]
+        process = subprocess.run(
+            [sys.executable, *launcher, str(ROOT / "unit.py"), *SMALL, *flags],
+            capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, cwd=tmp_path,
+        )  # fmt: skip
+        assert process.returncode == 0, process.stderr
+        assert process.stdout.count("after ") == 1  # one process speaks
+        (record,) = folder.glob("*.json")
+        results[n] = json.loads(record.read_text()), utils.load_checkpoint(folder / "d.pt")["bounds"]
+    (one, bounds_one), (two, bounds_two) = results[1], results[2]
+    assert (one["machine"]["processes"], two["machine"]["processes"]) == (1, 2)
+    assert one["history"]["alpha"] == two["history"]["alpha"]
+    assert one["best_step"] == two["best_step"]
+    assert one["history"]["valid_acc"] == two["history"]["valid_acc"]
+    for name in bounds_one:
+        torch.testing.assert_close(bounds_two[name], bounds_one[name], rtol=0, atol=1e-5)
+
+
 def test_ctrl_c_saves_the_best_bounds_and_ends_in_130(victim_file, tmp_path):
     flags = ["--out", str(tmp_path / "d.pt"), "--results", str(tmp_path / "r"), "--outdir", str(tmp_path)]
     process = command("unit.py", *SMALL, "--ckpt", str(victim_file), *flags, "--n_steps", "100000")
