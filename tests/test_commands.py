@@ -132,7 +132,7 @@ def test_two_processes_find_the_same(victim_file, tmp_path):
         difference = (bounds_two[name] - bounds_one[name]).abs()
         # an activation that meets its bound to the last bit may be clipped in one and not in the other
         assert (difference > 1e-5).float().mean() < 1e-3
-        assert difference.max() < 1e-3
+        assert difference.max() < 0.01
 
 
 def test_ctrl_c_saves_the_best_bounds_and_ends_in_130(victim_file, tmp_path):
