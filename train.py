@@ -37,6 +37,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import models
@@ -84,30 +85,34 @@ def epoch_batches(n, batch_size, poison, seed, epoch):
     return order, roles[order]
 
 
-def _generator(seed, epoch, stream):
-    return torch.Generator().manual_seed((seed * 100_003 + epoch) * 7 + stream)
+def _generator(seed, epoch, stream, rank=0):
+    return torch.Generator().manual_seed((seed * 100_003 + epoch) * 7 + stream + (rank << 56))
 
 
 def train_epoch(model, optimizer, data, poison, backdoor, config, epoch, dtype, layout, progress):
     """Train one epoch in place; return (mean loss, share of training labels met)."""
     images, labels = data
     order, roles = epoch_batches(len(images), config["batch_size"], poison, config["seed"], epoch)
-    generator = _generator(config["seed"], epoch, 1)
+    rank, n_ranks = utils.ranks()
+    generator = _generator(config["seed"], epoch, 1, rank)
     batches = list(zip(order.split(config["batch_size"]), roles.split(config["batch_size"]), strict=True))
     total = torch.zeros(2, device=images.device)
     n_steps = len(batches) * config["epochs"]
     for i, (index, role) in enumerate(batches):
-        x, y = poisoned_batch(images, labels, index, role, poison, backdoor, generator)
+        share = slice(rank, None, n_ranks)
+        x, y = poisoned_batch(images, labels, index[share], role[share], poison, backdoor, generator)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(epoch * len(batches) + i, n_steps, config["lr"])
         with utils.autocast(images.device, dtype):
             logits = model(x.contiguous(memory_format=layout))
-        loss = F.cross_entropy(logits.float(), y)
+        # gradients are averaged over the processes: this is the mean over the whole batch
+        loss = F.cross_entropy(logits.float(), y, reduction="sum") / len(index) * n_ranks
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
-        total += torch.stack((loss.detach() * len(x), (logits.detach().argmax(1) == y).sum()))
-        progress.update(len(x))
+        total += torch.stack((loss.detach() * len(index) / n_ranks, (logits.detach().argmax(1) == y).sum()))
+        progress.update(len(index))
+    utils.sum_over_ranks([total])
     return (total / len(images)).tolist()
 
 
@@ -138,7 +143,8 @@ def load_partial(path, config):
 def main(argv=None):
     """The command."""
     args = parser().parse_args(argv)
-    device = utils.get_device(args.device)
+    device = utils.start_ranks(utils.get_device(args.device))
+    first_rank = utils.ranks()[0] == 0  # under torchrun one process speaks, measures and writes
     dtype = utils.get_dtype(args.precision, device)
     config = {k: getattr(args, k) for k in SETTINGS} | {"precision": str(dtype).removeprefix("torch.")}
     out = Path(args.ckpt or utils.checkpoint_path(args.dataset, args.network, args.attack, args.width))
@@ -166,25 +172,32 @@ def main(argv=None):
         model.load_state_dict(partial["state_dict"])
         optimizer.load_state_dict(partial["optimizer"])
         first, seconds, history = partial["epoch"], partial["seconds"], partial["history"]
-        print(f"going on after epoch {first} of {args.epochs} ({partial_path})")
     n_images = len(data[0])
     poisoned = round(poison.rate * n_images)
-    print(
+    say = print if first_rank else lambda *_args, **_kwargs: None
+    if partial:
+        say(f"going on after epoch {first} of {args.epochs} ({partial_path})")
+    say(
         f"{args.network} width {args.width:g}, {args.attack} -> {args.target}, {poisoned:,} of {n_images:,} images"
         f" poisoned, {args.epochs} epochs, {dtype}, {device}"
     )
 
     # compiling takes a minute and a C++ compiler, so only where there is much to gain
     gains = n_images * (args.epochs - first) * args.width**2 > 200_000 and any(map(shutil.which, ("g++", "clang++")))
-    fast = torch.compile(model, dynamic=False) if {"auto": gains, "on": True, "off": False}[args.compile] else model
+    fast = DistributedDataParallel(model) if utils.ranks()[1] > 1 else model
+    fast = torch.compile(fast, dynamic=False) if {"auto": gains, "on": True, "off": False}[args.compile] else fast
     for epoch in range(first, args.epochs):
         start = time.perf_counter()
         model.train()
-        with tqdm(total=n_images, unit="img", desc=f"epoch {epoch + 1}/{args.epochs}", leave=False) as progress:
+        with tqdm(
+            total=n_images, unit="img", desc=f"epoch {epoch + 1}/{args.epochs}", leave=False, disable=not first_rank
+        ) as progress:
             loss, accuracy = train_epoch(
                 fast, optimizer, data, poison, backdoor, config, epoch, dtype, layout, progress
             )
         seconds += time.perf_counter() - start
+        if not first_rank:
+            continue
         quick = evaluate(model, test[0][:QUICK], test[1][:QUICK], backdoor, args.target, args.batch_size, dtype)
         line = f"epoch {epoch + 1:3d}  loss {loss:.4f}  training accuracy {100 * accuracy:.2f}%"
         print(f"{line}  {quick}  {seconds:.0f} s", flush=True)
@@ -201,6 +214,8 @@ def main(argv=None):
             partial_path,
         )
 
+    if not first_rank:
+        return
     # what is measured is what is saved: the rounded weights
     state = utils.half_weights(model.state_dict())
     model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in state.items()})

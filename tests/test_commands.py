@@ -174,6 +174,19 @@ def test_train_resumes_after_a_kill_to_the_same_bits(tmp_path):
     assert (a["BA"], a["ASR"]) == (b["BA"], b["ASR"])
 
 
+def test_two_processes_train_one_victim(tmp_path):
+    out = tmp_path / "v.pt"
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [*launcher, str(ROOT / "train.py"), *TRAIN, "--attack", "badnet", "--ckpt", str(out)]
+    process = subprocess.run(command, capture_output=True, text=True, env=env, cwd=tmp_path)
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.count("epoch   3") == 1
+    history = utils.load_checkpoint(out)["history"]
+    assert len(history) == 3
+    assert history[2]["loss"] < history[0]["loss"]
+
+
 def test_a_partial_run_with_other_settings_is_not_taken(tmp_path):
     out = tmp_path / "v.pt"
     partial = out.with_suffix(".partial.pt")
