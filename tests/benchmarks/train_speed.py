@@ -1,0 +1,59 @@
+"""An epoch of train.py against the bare training step on one ready batch, compiled alike."""
+
+import bench
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import models
+import train
+import utils
+from backdoors import get_backdoor, poison_training_set
+
+
+def main():
+    """Print the figures."""
+    args = bench.arguments(n=5, images=1280, batch_size=128)
+    device = args.device
+    model = models.get_model("resnet18").to(device, memory_format=torch.channels_last).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, nesterov=True, weight_decay=5e-4)
+    fast = torch.compile(model, dynamic=False)
+    images = torch.randint(0, 256, (args.images, 3, 32, 32), dtype=torch.uint8, device=device)
+    labels = torch.arange(args.images, device=device) % 10
+    poison = poison_training_set(labels, "wanet", 0)  # the dearest of the attacks
+    backdoor = get_backdoor("wanet").to(device)
+    config = {"batch_size": args.batch_size, "seed": 0, "epochs": 1, "lr": 1e-3}
+    x, y = utils.to_float(images[: args.batch_size]), labels[: args.batch_size]
+
+    def bare():
+        for _ in range(args.images // args.batch_size):
+            with utils.autocast(device, args.dtype):
+                logits = fast(x)
+            loss = F.cross_entropy(logits.float(), y)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+
+    def epoch():
+        with tqdm(total=args.images, disable=True) as progress:
+            train.train_epoch(
+                fast,
+                optimizer,
+                (images, labels),
+                poison,
+                backdoor,
+                config,
+                0,
+                args.dtype,
+                torch.channels_last,
+                progress,
+            )
+
+    t = bench.in_turn({"bare step": bare, "train_epoch": epoch}, args.n, device)
+    for name, times in t.items():
+        bench.figure(name, [args.images / s for s in times], "images/s")
+    bench.ratios("bare / train_epoch", t["bare step"], t["train_epoch"])
+
+
+if __name__ == "__main__":
+    main()
