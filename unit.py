@@ -95,10 +95,10 @@ class AlphaSchedule:
     """The weight alpha of the tightening term: doubled while accuracy holds, cut when it does not."""
 
     config: UnitConfig = field(default_factory=UnitConfig)
-    alpha: float = None
-    up: int = 0
-    down: int = 0
-    resets: int = 0
+    alpha: float | None = None  # of the step to come
+    up: int = 0  # good steps in a row
+    down: int = 0  # bad steps in a row
+    resets: int = 0  # good steps in a row with alpha under its start
 
     def __post_init__(self):
         self.alpha = self.config.alpha
@@ -179,9 +179,12 @@ def tighten(model, x_train, y_train, x_valid, y_valid, config=UnitConfig(), on_s
             if on_step is not None:
                 on_step(step, now)
     except KeyboardInterrupt:
-        if not history["valid_acc"]:
+        done = len(history["valid_acc"])
+        if not done:
             raise
         interrupted = True
+        for values in (*history.values(), *bound_mean.values()):
+            del values[done:]
 
     found_good = best_bounds is not None
     if not found_good:
