@@ -179,7 +179,7 @@ def tighten(model, x_train, y_train, x_valid, y_valid, config=UnitConfig(), on_s
             if on_step is not None:
                 on_step(step, now)
     except KeyboardInterrupt:
-        done = len(history["valid_acc"])
+        done = min(map(len, (*history.values(), *bound_mean.values())))
         if not done:
             raise
         interrupted = True

@@ -20,11 +20,18 @@ class _ReLUClip(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, c = ctx.saved_tensors
-        grad = torch.ops.aten.threshold_backward(grad, x, 0)  # through the ReLU
-        to_bound = torch.where(x > c, grad, 0)
-        grad_x = grad - to_bound if ctx.needs_input_grad[0] else None
-        grad_c = to_bound.sum(0).float() if ctx.needs_input_grad[1] else None
+        # threshold_backward(g, t, 0) is g where t > 0 and else 0, in one pass
+        through_relu = torch.ops.aten.threshold_backward(grad, x, 0)
+        to_bound = torch.ops.aten.threshold_backward(through_relu, x - c, 0)
+        grad_x = through_relu - to_bound if ctx.needs_input_grad[0] else None
+        grad_c = _sum_over_batch(to_bound) if ctx.needs_input_grad[1] else None
         return grad_x, grad_c
+
+
+def _sum_over_batch(t):
+    """Sum (N, C, H, W), channels last in memory, to fp32 (C, H, W); over flat rows, which is many times faster."""
+    rows = t.permute(0, 2, 3, 1)
+    return rows.reshape(len(t), -1).sum(0).view(rows.shape[1:]).permute(2, 0, 1).float()
 
 
 class ClippedReLU(nn.Module):
