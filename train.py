@@ -132,12 +132,49 @@ def load_partial(path, config):
         return None
     try:
         partial = torch.load(path, map_location="cpu", weights_only=True)
+        before = partial["config"]
     except Exception as error:  # whatever a damaged file makes torch raise
         raise InputError(f"{path} cannot be read ({type(error).__name__}); delete it or give --no-resume") from None
-    differ = [k for k in SETTINGS if partial["config"].get(k) != config[k]]
+    differ = [k for k in SETTINGS if before.get(k) != config[k]]
     if differ:
         raise InputError(f"{path} is a cut-off run with another {', '.join(differ)}; --no-resume starts over")
     return partial
+
+
+def speed_up(model, compiling, width, n_images):
+    """Return what trains in the model's place: shared among the processes of torchrun, and compiled if that pays.
+
+    compiling: the flag; n_images: still to be trained on. Compiling takes a minute, and needs a C++ compiler.
+    """
+    fast = DistributedDataParallel(model) if utils.ranks()[1] > 1 else model
+    pays = n_images * width**2 > 200_000 and any(map(shutil.which, ("g++", "clang++")))
+    return torch.compile(fast, dynamic=False) if {"auto": pays, "on": True, "off": False}[compiling] else fast
+
+
+def save_victim(model, config, poison, backdoor, test, dtype, history, seconds, path):
+    """Round the weights to half precision, measure what that gives on `test`, save it; return the Measured."""
+    state = utils.half_weights(model.state_dict())
+    model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in state.items()})
+    measured = evaluate(model, *test, backdoor, config["target"], config["batch_size"], dtype)
+    utils.save_checkpoint(
+        {
+            **config,
+            "num_classes": 10,
+            "poison_rate": poison.rate,
+            "noise_rate": poison.noise_rate,
+            "clean_label": not poison.relabel,
+            "poison_indices": poison.indices.to(torch.int32),
+            "trigger": None if backdoor is None else {k: v.cpu() for k, v in backdoor.state_dict().items()},
+            "state_dict": state,
+            "bounds": None,
+            **measured._asdict(),
+            "history": history,
+            "seconds": seconds,
+            "versions": utils.machine(),
+        },
+        path,
+    )
+    return measured
 
 
 def main(argv=None):
@@ -182,10 +219,7 @@ def main(argv=None):
         f" poisoned, {args.epochs} epochs, {dtype}, {device}"
     )
 
-    # compiling takes a minute and a C++ compiler, so only where there is much to gain
-    gains = n_images * (args.epochs - first) * args.width**2 > 200_000 and any(map(shutil.which, ("g++", "clang++")))
-    fast = DistributedDataParallel(model) if utils.ranks()[1] > 1 else model
-    fast = torch.compile(fast, dynamic=False) if {"auto": gains, "on": True, "off": False}[args.compile] else fast
+    fast = speed_up(model, args.compile, args.width, n_images * (args.epochs - first))
     for epoch in range(first, args.epochs):
         start = time.perf_counter()
         model.train()
@@ -214,32 +248,10 @@ def main(argv=None):
             partial_path,
         )
 
-    if not first_rank:
-        return
-    # what is measured is what is saved: the rounded weights
-    state = utils.half_weights(model.state_dict())
-    model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in state.items()})
-    measured = evaluate(model, *test, backdoor, args.target, args.batch_size, dtype)
-    utils.save_checkpoint(
-        {
-            **config,
-            "num_classes": 10,
-            "poison_rate": poison.rate,
-            "noise_rate": poison.noise_rate,
-            "clean_label": not poison.relabel,
-            "poison_indices": poison.indices.to(torch.int32),
-            "trigger": None if backdoor is None else {k: v.cpu() for k, v in backdoor.state_dict().items()},
-            "state_dict": state,
-            "bounds": None,
-            **measured._asdict(),
-            "history": history,
-            "seconds": seconds,
-            "versions": utils.machine(),
-        },
-        out,
-    )
-    partial_path.unlink(missing_ok=True)
-    print(f"{measured}\nwrote {out} after {seconds:.0f} s of training")
+    if first_rank:
+        measured = save_victim(model, config, poison, backdoor, test, dtype, history, seconds, out)
+        partial_path.unlink(missing_ok=True)
+        print(f"{measured}\nwrote {out} after {seconds:.0f} s of training")
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ def parser():
         "--data_rate", type=bounded(float, 0, 1, low_open=True),
         help="share of the training set that is defence data (default: 0.05; all of cifar10_sample)",
     )  # fmt: skip
+    p.add_argument("--draw", default="first", choices=("first", "random"), help="which images of each class; by --seed")
     p.add_argument("--acc_degrade", default=0.03, type=bounded(float, 0, 1), help="accuracy that may be lost")
     p.add_argument("--micro_batch", default=100, type=bounded(int, 1), help="images in memory at a time")
     p.add_argument("--precision", default="auto", choices=("auto", "bf16", "fp32"), help="auto: bf16 where it is fast")
@@ -273,7 +274,8 @@ def defence_data(args):
     """Return (x_train, y_train, x_valid, y_valid), each image passed once through crop and flip, as the flags say."""
     images, labels = utils.load_dataset(args.dataset, args.datadir, train=True)
     rate = args.data_rate or (1.0 if args.dataset == "cifar10_sample" else 0.05)
-    train, valid = utils.defence_split(labels, rate)
+    drawing = torch.Generator().manual_seed(args.seed) if args.draw == "random" else None
+    train, valid = utils.defence_split(labels, rate, generator=drawing)
     generator = torch.Generator().manual_seed(args.seed)
     x_train, x_valid = (utils.augment(utils.to_float(images[i]), generator) for i in (train, valid))
     return x_train, labels[train], x_valid, labels[valid]

@@ -148,8 +148,8 @@ def augment(images, generator, padding=4):
     return padded[which, rows.to(device)[:, :, None], cols.to(device)[:, None]].permute(0, 3, 1, 2)
 
 
-def defence_split(labels, data_rate, num_classes=10, train_share=0.8):
-    """Choose the defence images, the first ones of each class in the data set's order.
+def defence_split(labels, data_rate, num_classes=10, train_share=0.8, generator=None):
+    """Choose the defence images: the first ones of each class in the data set's order, or drawn by `generator`.
 
     labels: int64 (N,). n = int(N * data_rate), n // num_classes of each class; of each class the first 80 % train,
     the rest validate. Returns two int64 index tensors, class by class.
@@ -161,7 +161,10 @@ def defence_split(labels, data_rate, num_classes=10, train_share=0.8):
         raise InputError(f"data_rate {data_rate} leaves {per_class} images per class; raise it to have at least 2")
     train, valid = [], []
     for c in range(num_classes):
-        chosen = (labels == c).nonzero()[:per_class, 0]
+        chosen = (labels == c).nonzero()[:, 0]
+        if generator is not None:
+            chosen = chosen[torch.randperm(len(chosen), generator=generator)]
+        chosen = chosen[:per_class]
         if len(chosen) < per_class:
             raise InputError(
                 f"class {c} has {len(chosen)} of the {per_class} images of data_rate {data_rate}; lower it"

@@ -25,6 +25,17 @@ def test_the_papers_setting_is_2000_and_500():
     assert not set(train.tolist()) & set(valid.tolist())
 
 
+def test_a_generator_draws_other_images_of_each_class():
+    labels = torch.arange(10).repeat(500)
+    draws = [utils.defence_split(labels, 0.1, generator=torch.Generator().manual_seed(s)) for s in (0, 0, 1)]
+    for train, valid in draws:
+        assert labels[train].bincount().tolist() == [40] * 10
+        assert labels[valid].bincount().tolist() == [10] * 10
+        assert len(set(train.tolist()) | set(valid.tolist())) == 500
+    assert torch.equal(draws[0][0], draws[1][0])
+    assert not torch.equal(draws[0][0], draws[2][0])
+
+
 @pytest.mark.parametrize(("rate", "reason"), [(1e-3, "raise it"), (1.0, "lower it")])
 def test_too_few_and_too_many(rate, reason):
     labels = torch.cat([torch.zeros(900), torch.arange(1, 10).repeat(10)]).long()
