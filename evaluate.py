@@ -27,6 +27,7 @@ from typing import NamedTuple
 
 import torch
 
+import pictures
 import utils
 from backdoors import get_backdoor
 
@@ -103,29 +104,6 @@ def load_victim(args, device):
     return path, model, checkpoint, backdoor, args.target
 
 
-def draw_demo(images, backdoor, path, times=1, columns=16):
-    """Write the trigger picture: rows clean, triggered, absolute difference (times `times`).
-
-    images: uint8 (N, 3, H, W), the first `columns` are drawn.
-    """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    x = utils.to_float(images[:columns]).cpu()
-    triggered = x if backdoor is None else backdoor.cpu()(x)
-    rows = {"clean": x, "triggered": triggered, f"|difference| x {times}": ((triggered - x).abs() * times).clamp(0, 1)}
-    fig, axes = plt.subplots(3, 1, figsize=(columns, 3.4), layout="constrained")
-    for axis, (name, row) in zip(axes, rows.items(), strict=True):
-        axis.imshow(torch.cat(list(row), dim=2).permute(1, 2, 0).numpy(), interpolation="nearest")
-        axis.set_ylabel(name, fontsize=11)
-        axis.set_xticks([])
-        axis.set_yticks([])
-    utils.write_whole(path, lambda p: fig.savefig(p, format="png", dpi=100))
-    plt.close(fig)
-
-
 def main(argv=None):
     """The command."""
     args = parser().parse_args(argv)
@@ -139,7 +117,7 @@ def main(argv=None):
     print(f"{path}\n{measured}")
     if backdoor is not None:
         picture = Path(args.outdir) / f"demo_{args.attack}.png"
-        draw_demo(images, backdoor, picture, times=3 if args.attack == "wanet" else 1)
+        pictures.draw_demo(images, backdoor, picture, times=3 if args.attack == "wanet" else 1)
         print(f"wrote {picture}")
 
 

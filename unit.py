@@ -47,6 +47,7 @@ from torch import nn
 from tqdm import tqdm
 
 import models
+import pictures
 import utils
 from evaluate import evaluate, load_victim
 from models.folding import fold_batch_norm
@@ -281,33 +282,6 @@ def defence_data(args):
     return x_train, labels[train], x_valid, labels[valid]
 
 
-def draw_history(history, best_step, limit, path):
-    """Write the picture of how CE, R, alpha and validation accuracy went; limit: the accuracy that counts as good."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    names = {
-        "ce": "cross-entropy",
-        "reg": "R, sum of mean bounds",
-        "alpha": "alpha",
-        "valid_acc": "validation accuracy",
-    }
-    fig, axes = plt.subplots(2, 2, figsize=(9, 6), layout="constrained", sharex=True)
-    for axis, (key, name) in zip(axes.flat, names.items(), strict=True):
-        axis.plot(range(len(history[key])), history[key], lw=1.2)
-        axis.axvline(best_step, color="tab:green", ls=":", label=f"step chosen: {best_step}")
-        axis.set_title(name)
-    axes[1, 0].set_yscale("log")
-    axes[1, 1].axhline(limit, color="tab:red", ls="--", label="good at or above")
-    axes[1, 1].legend()
-    for axis in axes[1]:
-        axis.set_xlabel("step")
-    utils.write_whole(path, lambda p: fig.savefig(p, format="png", dpi=110))
-    plt.close(fig)
-
-
 def report(step, now, n_steps, progress):
     """Move the progress bar on; every ten steps, and after the last, print a line."""
     progress.update()
@@ -398,7 +372,7 @@ def main(argv=None):
 
     save_defended(model, checkpoint, result, config, after, out)
     picture = Path(args.outdir) / f"unit_{args.attack}.png"
-    draw_history(result.history, result.best_step, result.initial_acc - config.acc_degrade, picture)
+    pictures.draw_history(result.history, result.best_step, result.initial_acc - config.acc_degrade, picture)
     figures = {"victim": path.name, "n_train": len(data[0]), "n_valid": len(data[2]), "seconds": seconds}
     figures |= {"before": before._asdict(), "after": after._asdict()}
     record = save_record(args, config, result, args.results, tag, **figures)

@@ -1,0 +1,50 @@
+"""The pictures: what a trigger looks like, and how a search for bounds went."""
+
+import matplotlib
+import torch
+
+import utils
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt  # noqa: E402 (the backend comes first)
+
+
+def draw_demo(images, backdoor, path, times=1, columns=16):
+    """Write the trigger picture: rows clean, triggered, absolute difference (times `times`).
+
+    images: uint8 (N, 3, H, W), the first `columns` are drawn.
+    """
+    x = utils.to_float(images[:columns]).cpu()
+    triggered = x if backdoor is None else backdoor.cpu()(x)
+    rows = {"clean": x, "triggered": triggered, f"|difference| x {times}": ((triggered - x).abs() * times).clamp(0, 1)}
+    fig, axes = plt.subplots(3, 1, figsize=(columns, 3.4), layout="constrained")
+    for axis, (name, row) in zip(axes, rows.items(), strict=True):
+        axis.imshow(torch.cat(list(row), dim=2).permute(1, 2, 0).numpy(), interpolation="nearest")
+        axis.set_ylabel(name, fontsize=11)
+        axis.set_xticks([])
+        axis.set_yticks([])
+    utils.write_whole(path, lambda p: fig.savefig(p, format="png", dpi=100))
+    plt.close(fig)
+
+
+def draw_history(history, best_step, limit, path):
+    """Write the picture of how CE, R, alpha and validation accuracy went; limit: the accuracy that counts as good."""
+    names = {
+        "ce": "cross-entropy",
+        "reg": "R, sum of mean bounds",
+        "alpha": "alpha",
+        "valid_acc": "validation accuracy",
+    }
+    fig, axes = plt.subplots(2, 2, figsize=(9, 6), layout="constrained", sharex=True)
+    for axis, (key, name) in zip(axes.flat, names.items(), strict=True):
+        axis.plot(range(len(history[key])), history[key], lw=1.2)
+        axis.axvline(best_step, color="tab:green", ls=":", label=f"step chosen: {best_step}")
+        axis.set_title(name)
+    axes[1, 0].set_yscale("log")
+    axes[1, 1].axhline(limit, color="tab:red", ls="--", label="good at or above")
+    axes[1, 1].legend()
+    for axis in axes[1]:
+        axis.set_xlabel("step")
+    utils.write_whole(path, lambda p: fig.savefig(p, format="png", dpi=110))
+    plt.close(fig)
