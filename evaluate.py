@@ -113,7 +113,8 @@ def main(argv=None):
     images, labels = utils.load_dataset(args.dataset, args.datadir, train=False)
     if args.dataset != "cifar10":
         print(f"on {args.dataset}: {len(images):,} test images, a part of CIFAR-10's 10,000")
-    measured = evaluate(model, images.to(device), labels, backdoor, target, args.batch_size, dtype)
+    images = images.to(device)
+    measured = evaluate(model, images, labels, backdoor, target, args.batch_size, dtype)
     print(f"{path}\n{measured}")
     if backdoor is not None:
         picture = Path(args.outdir) / f"demo_{args.attack}.png"

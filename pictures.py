@@ -1,31 +1,27 @@
 """The pictures: what a trigger looks like, and how a search for bounds went."""
 
-import matplotlib
 import torch
+from matplotlib.figure import Figure  # not pyplot: whoever imports this keeps their own backend
 
 import utils
-
-matplotlib.use("Agg")
-
-import matplotlib.pyplot as plt  # noqa: E402 (the backend comes first)
 
 
 def draw_demo(images, backdoor, path, times=1, columns=16):
     """Write the trigger picture: rows clean, triggered, absolute difference (times `times`).
 
-    images: uint8 (N, 3, H, W), the first `columns` are drawn.
+    images: uint8 (N, 3, H, W) on the backdoor's device; the first `columns` are drawn.
     """
-    x = utils.to_float(images[:columns]).cpu()
-    triggered = x if backdoor is None else backdoor.cpu()(x)
+    x = utils.to_float(images[:columns])
+    x, triggered = x.cpu(), backdoor(x).cpu()
     rows = {"clean": x, "triggered": triggered, f"|difference| x {times}": ((triggered - x).abs() * times).clamp(0, 1)}
-    fig, axes = plt.subplots(3, 1, figsize=(columns, 3.4), layout="constrained")
+    fig = Figure(figsize=(columns, 3.4), layout="constrained")
+    axes = fig.subplots(3, 1)
     for axis, (name, row) in zip(axes, rows.items(), strict=True):
         axis.imshow(torch.cat(list(row), dim=2).permute(1, 2, 0).numpy(), interpolation="nearest")
         axis.set_ylabel(name, fontsize=11)
         axis.set_xticks([])
         axis.set_yticks([])
     utils.write_whole(path, lambda p: fig.savefig(p, format="png", dpi=100))
-    plt.close(fig)
 
 
 def draw_history(history, best_step, limit, path):
@@ -36,7 +32,8 @@ def draw_history(history, best_step, limit, path):
         "alpha": "alpha",
         "valid_acc": "validation accuracy",
     }
-    fig, axes = plt.subplots(2, 2, figsize=(9, 6), layout="constrained", sharex=True)
+    fig = Figure(figsize=(9, 6), layout="constrained")
+    axes = fig.subplots(2, 2, sharex=True)
     for axis, (key, name) in zip(axes.flat, names.items(), strict=True):
         axis.plot(range(len(history[key])), history[key], lw=1.2)
         axis.axvline(best_step, color="tab:green", ls=":", label=f"step chosen: {best_step}")
@@ -47,4 +44,3 @@ def draw_history(history, best_step, limit, path):
     for axis in axes[1]:
         axis.set_xlabel("step")
     utils.write_whole(path, lambda p: fig.savefig(p, format="png", dpi=110))
-    plt.close(fig)
