@@ -15,6 +15,7 @@ def parser():
     p = cli.parser("evaluate.py", "measure benign accuracy and attack success rate", attacks=("none", *cli.ATTACKS))
     p.add_argument("--ckpt", help="checkpoint, victim or defended (default: the victim of --network and --attack)")
     p.add_argument("--precision", default="auto", choices=("auto", "bf16", "fp32"), help="auto: bf16 where it is fast")
+    p.add_argument("--activations", action="store_true", help="draw the neurons that the trigger moves most, as well")
     p.add_argument("--outdir", default=".", help="folder of the picture")
     return p
 
@@ -29,7 +30,10 @@ import torch
 
 import pictures
 import utils
+from activations import most_moved
 from backdoors import get_backdoor
+
+SEEN = 1000  # test images whose activations are drawn
 
 
 class Measured(NamedTuple):
@@ -119,6 +123,11 @@ def main(argv=None):
     if backdoor is not None:
         picture = Path(args.outdir) / f"demo_{args.attack}.png"
         pictures.draw_demo(images, backdoor, picture, times=3 if args.attack == "wanet" else 1)
+        print(f"wrote {picture}")
+    if backdoor is not None and args.activations:
+        others = images[labels.to(device) != target][:SEEN]
+        picture = Path(args.outdir) / f"activations_{args.attack}.png"
+        pictures.draw_moved(most_moved(model, others, backdoor, batch_size=args.batch_size), picture)
         print(f"wrote {picture}")
 
 

@@ -35,12 +35,33 @@ def draw_history(history, best_step, limit, path):
     fig = Figure(figsize=(9, 6), layout="constrained")
     axes = fig.subplots(2, 2, sharex=True)
     for axis, (key, name) in zip(axes.flat, names.items(), strict=True):
-        axis.plot(range(len(history[key])), history[key], lw=1.2)
-        axis.axvline(best_step, color="tab:green", ls=":", label=f"step chosen: {best_step}")
+        axis.plot(range(1, len(history[key]) + 1), history[key], lw=1.2)
+        axis.axvline(best_step + 1, color="tab:green", ls=":", label=f"step chosen: {best_step + 1}")
         axis.set_title(name)
     axes[1, 0].set_yscale("log")
     axes[1, 1].axhline(limit, color="tab:red", ls="--", label="good at or above")
     axes[1, 1].legend()
     for axis in axes[1]:
         axis.set_xlabel("step")
+    utils.write_whole(path, lambda p: fig.savefig(p, format="png", dpi=110))
+
+
+def draw_moved(neurons, path):
+    """Write the picture of the neurons that a trigger moves most: two distributions each, and the learned bound.
+
+    neurons: what activations.most_moved returns.
+    """
+    fig = Figure(figsize=(11, 5.6), layout="constrained")
+    axes = fig.subplots(2, -(-len(neurons) // 2), squeeze=False)
+    for axis, neuron in zip(axes.flat, neurons, strict=False):
+        high = max(neuron.clean.max(), neuron.triggered.max()).item()
+        for name, values, colour in (("clean", neuron.clean, "tab:blue"), ("triggered", neuron.triggered, "tab:red")):
+            axis.hist(values.numpy(), bins=50, range=(0, high), alpha=0.6, color=colour, label=name)
+        if neuron.bound is not None:
+            axis.axvline(neuron.bound, color="black", ls="--", label=f"bound {neuron.bound:.2f}")
+        axis.set_title(f"{neuron.site} {neuron.place}", fontsize=10)
+        axis.set_yscale("log")
+        axis.legend(fontsize=8)
+    fig.supxlabel("activation without bounds")
+    fig.supylabel("images")
     utils.write_whole(path, lambda p: fig.savefig(p, format="png", dpi=110))

@@ -4,8 +4,11 @@ import pytest
 import torch
 from torch import nn
 
+import models
 import utils
+from activations import most_moved
 from evaluate import evaluate, main
+from tests.test_models import random_bounds
 
 TARGET = 3
 
@@ -47,6 +50,15 @@ class Paint(nn.Module):
     def forward(self, x):
         x = x.clone()
         x[:: self.every, 0, 0, 0] = TARGET * 20 / 255
+        return x
+
+
+class Brighten(nn.Module):
+    """A trigger that lights up a corner."""
+
+    def forward(self, x):
+        x = x.clone()
+        x[:, :, :6, :6] = 1
         return x
 
 
@@ -101,10 +113,33 @@ def test_how_it_reads(coded):
 
 @pytest.mark.parametrize("attack", ["none", "badnet", "wanet", "reflection"])
 def test_the_command(victim_file, tmp_path, capsys, attack):
-    main(["--dataset", "cifar10_sample", "--attack", attack, "--ckpt", str(victim_file), "--outdir", str(tmp_path)])
+    flags = ["--dataset", "cifar10_sample", "--attack", attack, "--ckpt", str(victim_file), "--outdir", str(tmp_path)]
+    main([*flags, "--activations"])
     out = capsys.readouterr().out
     assert "a part of CIFAR-10's 10,000" in out
     assert "Benign accuracy: 6" in out or "Benign accuracy: 7" in out
     assert (attack not in ("badnet", "none")) == ("trained with attack badnet" in out)
     picture = tmp_path / f"demo_{attack}.png"
     assert picture.exists() == (attack != "none")
+    assert (tmp_path / f"activations_{attack}.png").exists() == (attack != "none")
+
+
+def test_the_neurons_that_a_trigger_moves_most(tiny, defence):
+    images = (defence[2] * 255).round().to(torch.uint8)
+    bounds = {k: torch.full_like(v, 0.25) for k, v in random_bounds(tiny, 1).items()}
+    plain = most_moved(tiny, images, Brighten(), 4, batch_size=30)
+    clipped = most_moved(models.set_bounds(tiny, bounds), images, Brighten(), 4, batch_size=100)
+    assert len({m.site for m in plain}) == 4
+    assert all(m.bound is None for m in plain)
+    assert all(m.bound == 0.25 for m in clipped)
+    models.set_bounds(tiny, None)
+    for a, b in zip(plain, clipped, strict=True):
+        assert (a.site, a.place) == (b.site, b.place)
+        torch.testing.assert_close(a.triggered, b.triggered, rtol=1e-4, atol=1e-5)
+        assert a.triggered.mean() > a.clean.mean()
+        # what was collected is what the network does there
+        seen = []
+        handle = tiny.get_submodule(a.site).register_forward_hook(lambda _m, _i, out, seen=seen: seen.append(out))
+        tiny(utils.to_float(images))
+        handle.remove()
+        torch.testing.assert_close(seen[0][(slice(None), *a.place)], a.clean, rtol=1e-4, atol=1e-5)
