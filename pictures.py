@@ -13,7 +13,8 @@ def draw_demo(images, backdoor, path, times=1, columns=16):
     """
     x = utils.to_float(images[:columns])
     x, triggered = x.cpu(), backdoor(x).cpu()
-    rows = {"clean": x, "triggered": triggered, f"|difference| x {times}": ((triggered - x).abs() * times).clamp(0, 1)}
+    difference = ((triggered - x).abs() * times).clamp(0, 1)
+    rows = {"clean": x, "triggered": triggered, "difference" if times == 1 else f"diff. × {times}": difference}
     fig = Figure(figsize=(columns, 3.4), layout="constrained")
     axes = fig.subplots(3, 1)
     for axis, (name, row) in zip(axes, rows.items(), strict=True):
