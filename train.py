@@ -3,7 +3,7 @@
     python train.py --attack badnet     # writes ckpt/cifar10_resnet18_badnet.pt
 
 A run that was cut off goes on after its last whole epoch when the same command is given again.
-ResNet-18 at full width: four to seven minutes an epoch on two cores with AVX-512 bf16.
+ResNet-18 at full width: four to eight minutes an epoch on two cores with AVX-512 bf16.
 """
 
 import argparse
