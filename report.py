@@ -5,7 +5,6 @@
 No figure in them is typed by hand: they come from the checkpoints and from results/*.json, and stand between two marks.
 """
 
-import hashlib
 import json
 import sys
 from pathlib import Path
@@ -27,6 +26,12 @@ def markdown(header, rows):
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
+def rounds(checkpoint):
+    """Return the runs of train.py that made a victim, the first one first: each {"epochs", "seconds", ...}."""
+    before = checkpoint.get("init_from")
+    return [*(rounds(before) if before else []), checkpoint]
+
+
 def victims(folder):
     """Return the table of the victims in `folder`: what they are, their figures, what made them."""
     rows = []
@@ -36,9 +41,10 @@ def victims(folder):
         c = utils.load_checkpoint(path)
         kind = "clean" if c["attack"] == "none" else "clean-label" if c["clean_label"] else "dirty-label"
         rows.append([
-            f"`{path.name}`", f"{kind}, {100 * c['poison_rate']:g} %", percent(c["BA"]), percent(c["ASR"]), c["epochs"],
-            f"{c['seconds']:.0f}", f"{c['versions']['device']}, {c['versions']['threads']} threads",
-            f"`{hashlib.sha256(path.read_bytes()).hexdigest()}`",
+            f"`{path.name}`", f"{kind}, {100 * c['poison_rate']:g} %", percent(c["BA"]), percent(c["ASR"]),
+            " + ".join(str(r["epochs"]) for r in rounds(c)), f"{sum(r['seconds'] for r in rounds(c)):.0f}",
+            f"{c['versions']['device']}, {c['versions']['threads']} threads",
+            f"`{utils.sha256(path)}`",
         ])  # fmt: skip
     header = ["file", "poison", "BA %", "ASR %", "epochs", "seconds", "machine", "sha256"]
     return markdown(header, rows)

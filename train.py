@@ -2,7 +2,8 @@
 
     python train.py --attack badnet     # writes ckpt/cifar10_resnet18_badnet.pt
 
-A run that was cut off goes on after its last whole epoch when the same command is given again.
+A run that was cut off goes on after its last whole epoch when the same command is given again. A finished victim is
+trained on, on the same poisoned images and through a second rise and fall of the learning rate, by --init.
 ResNet-18 at full width: four to eight minutes an epoch on two cores with AVX-512 bf16.
 """
 
@@ -21,6 +22,7 @@ def parser():
     p.add_argument("--weight_decay", default=5e-4, type=bounded(float, 0), help="on all parameters")
     p.add_argument("--poison_rate", type=bounded(float, 0, 0.99), help="share poisoned (default: the attack's usual)")
     p.add_argument("--precision", default="auto", choices=("auto", "bf16", "fp32"), help="auto: bf16 where it is fast")
+    p.add_argument("--init", help="victim of the same settings to train on from, for --epochs more at a new --lr")
     p.add_argument("--compile", default="auto", choices=("auto", "on", "off"), help="torch.compile; auto: long runs")
     p.add_argument("--resume", default=True, action=argparse.BooleanOptionalAction, help="go on after a cut-off run")
     p.add_argument("--overwrite", action="store_true", help="train again although the victim lies there already")
@@ -48,7 +50,8 @@ from evaluate import evaluate, victim_backdoor
 QUICK = 1000  # test images measured after each epoch; all of them after the last
 # two runs are the same run when these agree
 SETTINGS = ("dataset", "network", "attack", "seed", "batch_size", "target", "width", "epochs", "lr", "weight_decay")
-SETTINGS += ("poison_rate", "precision")
+SETTINGS += ("poison_rate", "precision", "init")
+LIKE = ("dataset", "network", "width", "attack", "target", "seed")  # settings that --init's victim has to share
 
 
 def learning_rate(step, n_steps, peak, warmup=0.15):
@@ -92,9 +95,10 @@ def _generator(seed, epoch, stream, rank=0):
 def train_epoch(model, optimizer, data, poison, backdoor, config, epoch, dtype, layout, progress):
     """Train one epoch in place; return (mean loss, share of training labels met)."""
     images, labels = data
-    order, roles = epoch_batches(len(images), config["batch_size"], poison, config["seed"], epoch)
+    drawn = epoch + config["epochs_before"]  # another order and other crops than in the epochs before --init
+    order, roles = epoch_batches(len(images), config["batch_size"], poison, config["seed"], drawn)
     rank, n_ranks = utils.ranks()
-    generator = _generator(config["seed"], epoch, 1, rank)
+    generator = _generator(config["seed"], drawn, 1, rank)
     batches = list(zip(order.split(config["batch_size"]), roles.split(config["batch_size"]), strict=True))
     total = torch.zeros(2, device=images.device)
     n_steps = len(batches) * config["epochs"]
@@ -141,6 +145,26 @@ def load_partial(path, config):
     return partial
 
 
+def load_init(path, config, poison, model):
+    """Load the victim at `path` into `model`, to train on from; return what the new victim says of it.
+
+    Raises InputError where it was not trained on the same poisoned training set, or is clipped.
+    """
+    victim, checkpoint = utils.load_model(path)
+    differ = [k for k in LIKE if checkpoint.get(k) != config[k]]
+    if not differ and checkpoint["poison_rate"] != poison.rate:
+        differ = ["poison_rate"]
+    if differ:
+        raise InputError(f"{path} was trained with another {', '.join(differ)}; give its own, or leave --init out")
+    if not torch.equal(checkpoint["poison_indices"].long(), poison.indices):
+        raise InputError(f"{path} was trained on other poisoned images than this version draws; leave --init out")
+    if checkpoint["bounds"] is not None:
+        raise InputError(f"{path} is a defended model; --init takes the victim")
+    model.load_state_dict(victim.state_dict())
+    kept = ("epochs", "lr", "seconds", "history", "BA", "ASR", "init", "init_from", "epochs_before")
+    return {k: checkpoint.get(k) for k in kept}
+
+
 def speed_up(model, compiling, width, n_images):
     """Return what trains in the model's place: shared among the processes of torchrun, and compiled if that pays.
 
@@ -184,6 +208,8 @@ def main(argv=None):
     first_rank = utils.ranks()[0] == 0  # under torchrun one process speaks, measures and writes
     dtype = utils.get_dtype(args.precision, device)
     config = {k: getattr(args, k) for k in SETTINGS} | {"precision": str(dtype).removeprefix("torch.")}
+    if args.init:
+        config["init"] = utils.sha256(args.init)
     out = Path(args.ckpt or utils.checkpoint_path(args.dataset, args.network, args.attack, args.width))
     partial_path = out.with_suffix(".partial.pt")
     if out.exists() and not args.overwrite:
@@ -199,7 +225,11 @@ def main(argv=None):
 
     torch.manual_seed(args.seed)
     layout = memory_format(args.width, device)
-    model = models.get_model(args.network, 10, args.width).to(device, memory_format=layout)
+    model = models.get_model(args.network, 10, args.width)
+    before = load_init(args.init, config, poison, model) if args.init else None
+    config["init_from"] = before
+    config["epochs_before"] = before["epochs"] + (before["epochs_before"] or 0) if before else 0
+    model.to(device, memory_format=layout)
     optimizer = torch.optim.SGD(
         model.parameters(), lr=args.lr, momentum=0.9, nesterov=True, weight_decay=args.weight_decay
     )

@@ -1,6 +1,7 @@
 """What the commands share: device, data, augmentation, checkpoints, files that are whole or absent."""
 
 import atexit
+import hashlib
 import json
 import os
 import platform
@@ -201,6 +202,14 @@ def write_whole(path, write):
 def save_json(value, path):
     """Write plain values as JSON, whole or not at all."""
     write_whole(path, lambda p: p.write_text(json.dumps(value, indent=1) + "\n"))
+
+
+def sha256(path):
+    """Return the SHA-256 sum of a file in hexadecimal. Raises InputError when it cannot be read."""
+    try:
+        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from None
 
 
 # --- checkpoints ----------------------------------------------------------------------------------------------------

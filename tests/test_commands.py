@@ -230,3 +230,62 @@ def test_every_attack_trains_and_is_saved_with_what_judges_it(tmp_path, attack, 
 def test_clean_label_poison_beyond_the_target_class_is_bad_input(tmp_path):
     with pytest.raises(InputError, match="lower it"):
         train.main([*TRAIN, "--attack", "reflection", "--poison_rate", "0.2", "--ckpt", str(tmp_path / "v.pt")])
+
+
+@pytest.fixture
+def first_round(tmp_path):
+    """A small victim after a first round of training."""
+    path = tmp_path / "first.pt"
+    train.main([*TRAIN, "--epochs", "2", "--attack", "badnet", "--ckpt", str(path)])
+    return path
+
+
+def test_a_victim_is_trained_on_from_its_weights_on_the_same_poisoned_images(tmp_path, first_round):
+    out = tmp_path / "second.pt"
+    flags = ["--attack", "badnet", "--init", str(first_round), "--ckpt", str(out)]
+    train.main([*TRAIN, *flags, "--epochs", "1", "--lr", "1e-12"])
+    a, b = utils.load_checkpoint(first_round), utils.load_checkpoint(out)
+    weights = [k for k, v in a["state_dict"].items() if v.dim() > 1]
+    assert weights
+    assert all(torch.equal(a["state_dict"][k], b["state_dict"][k]) for k in weights)
+    assert torch.equal(a["poison_indices"], b["poison_indices"])
+    assert b["init"] == utils.sha256(first_round)
+    assert (b["epochs"], b["epochs_before"]) == (1, 2)
+    assert b["init_from"]["history"] == a["history"]
+
+
+def test_a_second_round_sees_other_crops_than_the_first(tmp_path, first_round):
+    """At a rate of nothing, only order and augmentation can move the loss of an epoch."""
+    losses = []
+    for before in (0, 2):
+        config = {"batch_size": 50, "seed": 1024, "epochs": 1, "lr": 1e-12, "epochs_before": before}
+        model, _ = utils.load_model(first_round)
+        data = utils.load_dataset("cifar10_sample", tmp_path, train=True)
+        poison = train.poison_training_set(data[1], "none", 0)
+        optimizer = torch.optim.SGD(model.eval().parameters(), lr=1e-12)
+        bar, layout = train.tqdm(disable=True), torch.contiguous_format
+        losses.append(train.train_epoch(model, optimizer, data, poison, None, config, 0, torch.float32, layout, bar)[0])
+    assert abs(losses[0] - losses[1]) > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("flags", "wrong"),
+    [(["--seed", "7"], "seed"), (["--poison_rate", "0.2"], "poison_rate"), (["--width", "0.125"], "width")],
+)
+def test_another_training_set_is_not_trained_on(tmp_path, first_round, flags, wrong):
+    out = tmp_path / "second.pt"
+    with pytest.raises(InputError, match=f"another {wrong}"):
+        train.main([*TRAIN, "--attack", "badnet", "--init", str(first_round), "--ckpt", str(out), *flags])
+    assert not out.exists()
+
+
+def test_a_defended_model_or_a_foreign_one_is_not_trained_on(tmp_path, first_round):
+    checkpoint = utils.load_checkpoint(first_round)
+    defended, foreign = tmp_path / "defended.pt", tmp_path / "foreign.pt"
+    model, _ = utils.load_model(first_round)
+    bounds = unit.initial_bounds(model, [torch.rand(2, 3, 32, 32)], 4.0)
+    utils.save_checkpoint({**checkpoint, "bounds": bounds}, defended)
+    torch.save(checkpoint["state_dict"], foreign)
+    for path, why in ((defended, "defended model"), (foreign, "another"), (tmp_path / "none.pt", "cannot read")):
+        with pytest.raises(InputError, match=why):
+            train.main([*TRAIN, "--attack", "badnet", "--init", str(path), "--ckpt", str(tmp_path / "v.pt")])
