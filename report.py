@@ -63,10 +63,11 @@ def runs(folder):
             f"{percent(r['before']['BA'])} / {percent(r['before']['ASR'])}",
             f"**{percent(r['after']['BA'])} / {percent(r['after']['ASR'])}**",
             f"{r['history']['reg'][0]:.2f} → {r['history']['reg'][r['best_step']]:.2f}", r["best_step"] + 1,
-            f"{r['seconds']:.0f}", f"{m['device']}, {s['precision']}", f"[json](results/{path.name})",
+            f"{r['seconds']:.0f}", f"{r['peak_GiB']:.2f}" if r.get("peak_GiB") else "–",
+            f"{m['device']}, {s['precision']}", f"[json](results/{path.name})",
         ])  # fmt: skip
     header = ["attack", "measured on", "defence images", "steps", "BA/ASR before", "after", "R", "step chosen"]
-    return markdown([*header, "seconds", "machine", "record"], rows)
+    return markdown([*header, "seconds", "peak GiB", "machine", "record"], rows)
 
 
 def put(path, table):

@@ -23,7 +23,9 @@ def parser():
     )  # fmt: skip
     p.add_argument("--draw", default="first", choices=("first", "random"), help="which images of each class; by --seed")
     p.add_argument("--acc_degrade", default=0.03, type=bounded(float, 0, 1), help="accuracy that may be lost")
-    p.add_argument("--micro_batch", default=100, type=bounded(int, 1), help="images in memory at a time")
+    p.add_argument(
+        "--micro_batch", type=bounded(int, 1), help="images in memory at a time (default: 100 on a CPU, else 1000)"
+    )
     p.add_argument("--precision", default="auto", choices=("auto", "bf16", "fp32"), help="auto: bf16 where it is fast")
     p.add_argument("--ckpt", help="victim to defend (default: the one of --network and --attack)")
     p.add_argument("--out", help="where to save (default: ckpt/{dataset}_{network}_{attack}_unit.pt)")
@@ -69,7 +71,7 @@ class UnitConfig:
     patience: int = 5
     betas: tuple[float, float] = (0.5, 0.9)  # of Adam
     eps: float = 1e-8  # of Adam; it matters, the gradient of alpha * R is itself about 1e-8
-    micro_batch: int = 100  # images in memory at a time; changes nothing but rounding
+    micro_batch: int | None = None  # images in memory at a time, None: by device; changes nothing but rounding
     precision: str = "fp32"  # of the network's arithmetic, or bf16; the bounds are fp32 always
 
 
@@ -136,7 +138,8 @@ def tighten(model, x_train, y_train, x_valid, y_valid, config=UnitConfig(), on_s
     net = frozen_copy(model, utils.get_dtype(config.precision, device))
     n_train = len(y_train)
     (x_train, y_train), (x_valid, y_valid) = (
-        _batches(x, y, config.micro_batch, device) for x, y in ((x_train, y_train), (x_valid, y_valid))
+        _batches(x, y, config.micro_batch or usual_micro_batch(device), device)
+        for x, y in ((x_train, y_train), (x_valid, y_valid))
     )
 
     initial_acc = accuracy(net, x_valid, y_valid)
@@ -256,6 +259,11 @@ def frozen_copy(model, dtype=torch.float32):
     return net.to(device, memory_format=torch.channels_last)
 
 
+def usual_micro_batch(device):
+    """Return how many images to hold in memory at a time: enough to keep a GPU busy, few enough for a CPU's caches."""
+    return 100 if device.type == "cpu" else 1000
+
+
 def _batches(x, y, size, device):
     rank, n_ranks = utils.ranks()
     x, y = x[rank::n_ranks], y[rank::n_ranks]
@@ -345,7 +353,7 @@ def main(argv=None):
         lr=args.lr,
         n_steps=args.n_steps,
         acc_degrade=args.acc_degrade,
-        micro_batch=args.micro_batch,
+        micro_batch=args.micro_batch or usual_micro_batch(device),
         precision="fp32" if dtype == torch.float32 else "bf16",
     )
     data = defence_data(args)
@@ -368,13 +376,16 @@ def main(argv=None):
         print("note: no step kept the validation accuracy within acc_degrade; the last step's bounds are taken")
     models.set_bounds(model, result.bounds)
     after = measure(model)
-    print(f"after   {after}\nstep {result.best_step + 1} chosen, {seconds:.1f} s for {len(result.history['ce'])} steps")
+    peak = utils.peak_memory(device)
+    memory = "" if peak is None else f", {peak:.2f} GiB of memory at most"
+    done = len(result.history["ce"])
+    print(f"after   {after}\nstep {result.best_step + 1} chosen, {seconds:.1f} s for {done} steps{memory}")
 
     save_defended(model, checkpoint, result, config, after, out)
     picture = Path(args.outdir) / f"unit_{args.attack}.png"
     pictures.draw_history(result.history, result.best_step, result.initial_acc - config.acc_degrade, picture)
     figures = {"victim": path.name, "n_train": len(data[0]), "n_valid": len(data[2]), "seconds": seconds}
-    figures |= {"before": before._asdict(), "after": after._asdict()}
+    figures |= {"peak_GiB": peak, "before": before._asdict(), "after": after._asdict()}
     record = save_record(args, config, result, args.results, tag, **figures)
     print(f"wrote {out}, {picture}, {record}")
     if result.interrupted:

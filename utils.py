@@ -5,8 +5,14 @@ import hashlib
 import json
 import os
 import platform
+import sys
 import time
 from pathlib import Path
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 import torch
 import torch.distributed as dist
@@ -68,6 +74,16 @@ def machine():
         "threads": torch.get_num_threads(),
         "date": time.strftime("%Y-%m-%d"),
     }
+
+
+def peak_memory(device):
+    """Return the most memory held so far, in GiB: the allocator's on a GPU, else the process's; None where unknown."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    if resource is None:
+        return None
+    unit = 1 if sys.platform == "darwin" else 2**10  # bytes there, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
 def _cpu_name():

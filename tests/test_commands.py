@@ -93,7 +93,9 @@ def test_unit_saves_what_it_measured(victim_file, tmp_path, capsys):
     assert [len(v) for v in record["history"].values()] == [11] * 4
     assert record["settings"]["acc_degrade"] == 0.03
     assert record["settings"]["n_sigma"] == 4.0
-    assert record["n_train"], record["n_valid"] == (400, 100)
+    assert (record["n_train"], record["n_valid"]) == (400, 100)
+    assert record["settings"]["micro_batch"] == 100
+    assert 0.1 < record["peak_GiB"] < 24
     assert (tmp_path / "unit_badnet.png").exists()
 
     after = out[out.index("after ") :].split("after   ")[1].splitlines()[0]

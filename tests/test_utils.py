@@ -1,11 +1,14 @@
 """Defence data, augmentation, devices."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
 import unit
 import utils
-from cli import InputError
+from cli import ROOT, InputError
 
 
 def test_defence_images_are_the_first_of_each_class():
@@ -109,3 +112,17 @@ def test_devices_and_precisions():
 def test_unknown_data_set():
     with pytest.raises(InputError, match="cifar10_sample"):
         utils.load_dataset("cifar100", None, True)
+
+
+def test_peak_memory_counts_what_was_held():
+    """In a process of its own, whose peak nothing else has raised."""
+    code = """if True:
+        import torch, utils
+        cpu = torch.device("cpu")
+        before = utils.peak_memory(cpu)
+        held = torch.ones(2**29, dtype=torch.uint8)
+        del held
+        print(utils.peak_memory(cpu) - before)
+    """
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert float(out.stdout) == pytest.approx(0.5, abs=0.05)
