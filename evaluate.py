@@ -50,6 +50,7 @@ class Measured(NamedTuple):
 
 
 @torch.no_grad()
+@utils.repeatable()
 def evaluate(model, images, labels, backdoor, target, batch_size=128, dtype=torch.float32):
     """Measure BA on all images, and ASR, the share of triggered images of another class that come out as `target`.
 

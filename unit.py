@@ -120,6 +120,7 @@ class AlphaSchedule:
             self.down, self.alpha = 0, self.alpha / c.alpha_down
 
 
+@utils.repeatable()
 def tighten(model, x_train, y_train, x_valid, y_valid, config=UnitConfig(), on_step=None):  # noqa: B008 (it is frozen)
     """Learn a tight upper bound for every neuron's activation; the model itself is left as it is.
 

@@ -64,6 +64,11 @@ def autocast(device, dtype):
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
 
 
+def repeatable():
+    """Return a context, or decorator, in which a GPU gives the same bits again and fp32 means fp32 (no TF32)."""
+    return torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
+
+
 def machine():
     """Return what a figure depends on besides the code: versions and device, as plain values."""
     cuda = torch.cuda.is_available()

@@ -66,8 +66,9 @@ class WaNet(nn.Module):
     def noise_mode(self, x, generator=None):
         """Return images warped by this grid plus a fresh uniform [-1, 1] / H per image and pixel.
 
-        Shown with their true labels in training alone, so that only the exact warp triggers. `generator`: on x's
-        device. (N, 3, H, W) in [0, 1] to the same.
+        Shown with their true labels in training alone, so that only the exact warp triggers. `generator`: on any
+        device; one on the CPU draws alike for every device. (N, 3, H, W) in [0, 1] to the same.
         """
-        jitter = torch.rand(len(x), self.size, self.size, 2, generator=generator, device=x.device) * 2 - 1
+        source = x.device if generator is None else generator.device
+        jitter = torch.rand(len(x), self.size, self.size, 2, generator=generator, device=source).to(x.device) * 2 - 1
         return F.grid_sample(x, (self._grid() + jitter / self.size).clamp(-1, 1), align_corners=True)

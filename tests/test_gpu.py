@@ -1,0 +1,76 @@
+"""What only a CUDA device can show: every part runs there, and agrees with the CPU. python -m pytest -m gpu"""
+
+import pytest
+import torch
+
+import train
+import unit
+import utils
+from backdoors import TRIGGERS, get_backdoor
+from evaluate import evaluate
+from models import activation_sites, set_bounds
+
+pytestmark = pytest.mark.gpu
+CUDA = torch.device("cuda")
+
+
+@pytest.mark.parametrize("name", TRIGGERS)
+def test_triggers_agree_with_the_cpu(name):
+    x = torch.rand(9, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(get_backdoor(name).to(CUDA)(x.to(CUDA)).cpu(), get_backdoor(name)(x))
+
+
+@pytest.mark.parametrize("attack", ["none", "badnet", "wanet", "reflection"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_every_attack_trains(tmp_path, attack, precision):
+    out = tmp_path / "v.pt"
+    flags = ["--dataset", "cifar10_sample", "--width", "0.125", "--epochs", "12", "--batch_size", "25", "--lr", "0.05"]
+    flags += ["--poison_rate", "0.04"] if attack == "reflection" else []
+    train.main([*flags, "--device", "cuda", "--precision", precision, "--attack", attack, "--ckpt", str(out)])
+    history = utils.load_checkpoint(out)["history"]
+    assert history[-1]["loss"] < history[0]["loss"] - 0.3
+
+
+def test_a_training_batch_is_that_of_the_cpu():
+    images, labels = utils.load_dataset("cifar10_sample", None, train=True)
+    poison = train.poison_training_set(labels, "wanet", 0)
+    order, roles = train.epoch_batches(len(images), 100, poison, seed=0, epoch=0)
+    batches = []
+    for device in (torch.device("cpu"), CUDA):
+        backdoor = get_backdoor("wanet").to(device)
+        generator = torch.Generator().manual_seed(0)
+        data = images.to(device), labels.to(device)
+        batches.append(train.poisoned_batch(*data, order[:100], roles[:100], poison, backdoor, generator))
+    (x, y), (x_cuda, y_cuda) = batches
+    torch.testing.assert_close(x_cuda.cpu(), x)
+    assert torch.equal(y_cuda.cpu(), y)
+
+
+def test_the_search_agrees_with_the_cpu(tiny, defence):
+    """Five steps, as single bounds part later on; the first step of bf16."""
+    config = unit.UnitConfig(n_steps=5, lr=0.01)
+    cpu = unit.tighten(tiny, *defence, config)
+    gpu = unit.tighten(tiny.to(CUDA), *defence, config)
+    assert gpu.history["alpha"] == cpu.history["alpha"]
+    assert gpu.history["reg"] == pytest.approx(cpu.history["reg"], rel=1e-4)
+    assert gpu.history["ce"] == pytest.approx(cpu.history["ce"], abs=5e-3)
+    half = unit.tighten(tiny, *defence, unit.UnitConfig(n_steps=1, lr=0.01, precision="bf16"))
+    assert half.history["reg"] == pytest.approx(cpu.history["reg"][:1], rel=1e-2)
+    assert half.history["ce"] == pytest.approx(cpu.history["ce"][:1], rel=5e-2)
+
+
+def test_same_input_same_bits(tiny, defence):
+    config = unit.UnitConfig(n_steps=5, precision="bf16")
+    first, second = (unit.tighten(tiny.to(CUDA), *defence, config) for _ in range(2))
+    assert first.history == second.history
+    assert all(torch.equal(first.bounds[k], second.bounds[k]) for k in first.bounds)
+
+
+def test_the_evaluator_agrees_with_the_cpu(tiny):
+    images, labels = utils.load_dataset("cifar10_sample", None, train=False)
+    set_bounds(tiny, unit.initial_bounds(tiny, utils.to_float(images[:200]).split(100), 4.0))
+    cpu = evaluate(tiny, images[:500], labels[:500], get_backdoor("wanet"), 0)
+    gpu = evaluate(tiny.to(CUDA), images[:500], labels[:500], get_backdoor("wanet"), 0)
+    assert abs(gpu.BA - cpu.BA) < 0.003
+    assert abs(gpu.ASR - cpu.ASR) < 0.003
+    assert all(site.bound.is_cuda for site in activation_sites(tiny).values())
