@@ -5,12 +5,12 @@
 No figure in them is typed by hand: they come from the checkpoints and from results/*.json, and stand between two marks.
 """
 
-import json
 import sys
 from pathlib import Path
 
 import cli
 import utils
+from records import load_records
 
 BEGIN, END = "<!-- begin: written by report.py -->", "<!-- end -->"
 
@@ -53,8 +53,7 @@ def victims(folder):
 def runs(folder):
     """Return the table of the records of unit.py in `folder`, whole runs only."""
     rows = []
-    for path in sorted(folder.glob("unit_*.json")):
-        r = json.loads(path.read_text())
+    for path, r in load_records(folder, "unit").items():
         if r["interrupted"]:
             continue
         s, m = r["settings"], r["machine"]

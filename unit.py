@@ -53,6 +53,7 @@ import pictures
 import utils
 from evaluate import evaluate, load_victim
 from models.folding import fold_batch_norm
+from records import save_record
 
 # --- the method -----------------------------------------------------------------------------------------------------
 
@@ -316,20 +317,6 @@ def save_defended(model, checkpoint, result, config, measured, path):
     )
 
 
-def save_record(args, config, result, folder, tag, **figures):
-    """Write the JSON record of a run, settings, machine, history and figures, and return its path."""
-    places = ("datadir", "ckpt", "out", "outdir", "results")  # of this machine, of no use on another
-    path = Path(folder) / f"unit_{args.dataset}_{tag}_{args.attack}_{time.strftime('%Y%m%d-%H%M%S')}.json"
-    record = {
-        "settings": {k: v for k, v in vars(args).items() if k not in places} | asdict(config),
-        "machine": utils.machine() | {"processes": utils.ranks()[1]},
-        **figures,
-        **{k: v for k, v in vars(result).items() if k != "bounds"},
-    }
-    utils.save_json(record, path)
-    return path
-
-
 def main(argv=None):
     """The command."""
     args = parser().parse_args(argv)
@@ -385,9 +372,10 @@ def main(argv=None):
     save_defended(model, checkpoint, result, config, after, out)
     picture = Path(args.outdir) / f"unit_{args.attack}.png"
     pictures.draw_history(result.history, result.best_step, result.initial_acc - config.acc_degrade, picture)
-    figures = {"victim": path.name, "n_train": len(data[0]), "n_valid": len(data[2]), "seconds": seconds}
-    figures |= {"peak_GiB": peak, "before": before._asdict(), "after": after._asdict()}
-    record = save_record(args, config, result, args.results, tag, **figures)
+    figures = {"n_train": len(data[0]), "n_valid": len(data[2]), "seconds": seconds, "peak_GiB": peak}
+    figures |= {"before": before._asdict(), "after": after._asdict()}
+    figures |= {k: v for k, v in vars(result).items() if k != "bounds"}
+    record = save_record("unit", args, config, path, args.results, tag, **figures)
     print(f"wrote {out}, {picture}, {record}")
     if result.interrupted:
         raise KeyboardInterrupt

@@ -11,6 +11,7 @@ import time
 import pytest
 import torch
 
+import report
 import train
 import unit
 import utils
@@ -95,6 +96,11 @@ def test_unit_saves_what_it_measured(victim_file, tmp_path, capsys):
     assert record["settings"]["n_sigma"] == 4.0
     assert (record["n_train"], record["n_valid"]) == (400, 100)
     assert record["settings"]["micro_batch"] == 100
+    assert record["victim"]["sha256"] == utils.sha256(victim_file)
+    row = report.runs(tmp_path / "results").splitlines()[2]
+    assert f"| {100 * record['before']['BA']:.2f} / {100 * record['before']['ASR']:.2f} |" in row
+    assert f"**{100 * record['after']['BA']:.2f} / {100 * record['after']['ASR']:.2f}**" in row
+    assert "| 500 | 11 |" in row
     assert 0.1 < record["peak_GiB"] < 24
     assert (tmp_path / "unit_badnet.png").exists()
 
@@ -254,6 +260,11 @@ def test_a_victim_is_trained_on_from_its_weights_on_the_same_poisoned_images(tmp
     assert b["init"] == utils.sha256(first_round)
     assert (b["epochs"], b["epochs_before"]) == (1, 2)
     assert b["init_from"]["history"] == a["history"]
+    table = report.victims(tmp_path).splitlines()
+    assert len(table) == 4  # header, rule, two victims
+    assert f"| {100 * b['BA']:.2f} | {100 * b['ASR']:.2f} | 2 + 1 |" in table[3]
+    assert utils.sha256(out) in table[3]
+    assert "| 2 |" in table[2]
 
 
 def test_a_second_round_sees_other_crops_than_the_first(tmp_path, first_round):
@@ -291,3 +302,20 @@ def test_a_defended_model_or_a_foreign_one_is_not_trained_on(tmp_path, first_rou
     for path, why in ((defended, "defended model"), (foreign, "another"), (tmp_path / "none.pt", "cannot read")):
         with pytest.raises(InputError, match=why):
             train.main([*TRAIN, "--attack", "badnet", "--init", str(path), "--ckpt", str(tmp_path / "v.pt")])
+
+
+def test_a_table_goes_between_its_marks_alone(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    report.put(page, "| new |")
+    assert page.read_text() == f"before\n{report.BEGIN}\n| new |\n{report.END}\nafter\n"
+    page.write_text("no marks")
+    with pytest.raises(InputError, match="no place"):
+        report.put(page, "| new |")
+    assert page.read_text() == "no marks"
+
+
+def test_what_is_no_record_is_named(tmp_path):
+    (tmp_path / "unit_x.json").write_text("{}")
+    with pytest.raises(InputError, match="no record of a run"):
+        report.runs(tmp_path)

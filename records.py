@@ -1,0 +1,44 @@
+"""The JSON records of runs: settings, machine, history, figures. The tables of the READMEs are made of them."""
+
+import json
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import utils
+from cli import InputError
+
+PLACES = ("datadir", "ckpt", "out", "outdir", "results")  # flags that name places of this machine, of no use elsewhere
+
+
+def save_record(defense, args, config, victim, folder, tag, **figures):
+    """Write the record of a run of `defense` and return its path.
+
+    args: the command's flags; config: the method's constants, a dataclass; victim: path of the checkpoint that was
+    defended; tag: network and width; figures: plain values.
+    """
+    path = Path(folder) / f"{defense}_{args.dataset}_{tag}_{args.attack}_{time.strftime('%Y%m%d-%H%M%S')}.json"
+    record = {
+        "defense": defense,
+        "victim": {"file": Path(victim).name, "sha256": utils.sha256(victim)},
+        "settings": {k: v for k, v in vars(args).items() if k not in PLACES} | asdict(config),
+        "machine": utils.machine() | {"processes": utils.ranks()[1]},
+        **figures,
+    }
+    utils.save_json(record, path)
+    return path
+
+
+def load_records(folder, defense=None):
+    """Return {path: record} of the runs in `folder`, by name; of one defense, or of all.
+
+    Raises InputError for a file that is no record.
+    """
+    records = {}
+    for path in sorted(Path(folder).glob(f"{defense or '*'}_*.json")):
+        try:
+            records[path] = json.loads(path.read_text())
+            records[path]["settings"], records[path]["victim"]["sha256"]
+        except (ValueError, KeyError, TypeError):
+            raise InputError(f"{path} is no record of a run; move it elsewhere") from None
+    return records
