@@ -1,0 +1,143 @@
+"""ULRL: UnLearn and ReLearn (2024).
+
+Unlearning the clean task moves the output neuron of the backdoor's target most. Its row of the linear layer is then
+drawn anew and learned again, away from where it was.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+
+from .common import Repaired, copy_of, forward, note, train_epoch
+
+
+@dataclass(frozen=True)
+class Config:
+    """The constants of ULRL."""
+
+    uses_labels: ClassVar[bool] = True
+    data_rate: float = 0.01  # share of the training set that is clean data
+    batch_size: int = 128
+    momentum: float = 0.9
+    # unlearning
+    unlearn_lr: float = 0.01
+    unlearn_weight_decay: float = 5e-4
+    unlearn_epochs: int = 20  # at most
+    unlearn_lr_drop: int = 10  # epochs after which the rate is divided by 10
+    clip_norm: float = 20.0  # of the gradient
+    stop_accuracy: float = 0.20  # on the clean images, at or under which unlearning ends
+    # which rows are suspicious
+    z_threshold: float = 3.5
+    mad_scale: float = 1.4826  # MAD of a normal distribution to its standard deviation
+    max_suspicious: int = 2
+    # relearning
+    relearn_lr: float = 0.005  # falls along a cosine
+    relearn_epochs: int = 20
+    dissimilarity: float = 0.7  # weight of the cosine term
+
+
+def linear_layer(model):
+    """Return the last linear layer. Raises ValueError when there is none."""
+    layers = [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
+    if not layers:
+        raise ValueError("the network has no linear layer for ULRL to look at")
+    return layers[-1]
+
+
+def unlearn(model, images, labels, config, generator, on_epoch=None, dtype=torch.float32):
+    """Climb the cross-entropy on the clean images; return (the network that results, history)."""
+    net = copy_of(model).train()
+    optimizer = torch.optim.SGD(
+        net.parameters(), lr=config.unlearn_lr, momentum=config.momentum, weight_decay=config.unlearn_weight_decay
+    )
+    rate = torch.optim.lr_scheduler.StepLR(optimizer, config.unlearn_lr_drop, gamma=0.1)
+    history = {}
+
+    def loss_of(x, index):
+        logits = forward(net, x, dtype)
+        return -F.cross_entropy(logits, labels[index]), logits.argmax(1) == labels[index]
+
+    for _ in range(config.unlearn_epochs):
+        loss, accuracy = train_epoch(images, config.batch_size, optimizer, generator, loss_of, config.clip_norm)
+        rate.step()
+        note(history, on_epoch, unlearn_loss=-loss, unlearn_accuracy=accuracy)
+        if accuracy <= config.stop_accuracy:
+            break
+    return net, history
+
+
+def suspicious_rows(change, config=Config()):  # noqa: B008 (frozen)
+    """Return (rows whose change stands out upwards, robust z-scores): list of int, at most two; list of float.
+
+    change: (classes,), sum of |weight change| over each row. z = |c - median| / (1.4826 MAD); where MAD is 0 there is
+    no scale to stand out from: all z are 0 and no row is suspicious.
+    """
+    change = change.double().cpu()
+    middle = change.quantile(0.5)  # of an even number the mean of the two in the middle
+    distance = (change - middle).abs()
+    spread = config.mad_scale * distance.quantile(0.5)
+    z = distance / spread if spread > 0 else torch.zeros_like(distance)
+    out = [i for i in z.argsort(descending=True).tolist() if z[i] > config.z_threshold and change[i] > middle]
+    return out[: config.max_suspicious], z.tolist()
+
+
+@torch.no_grad()
+def redraw_rows(linear, rows, generator):
+    """Draw rows of a linear layer anew in place: uniform in +-sqrt(2 / fan_in), bias 0."""
+    limit = math.sqrt(2 / linear.in_features)
+    for row in rows:
+        fresh = torch.rand(linear.in_features, generator=generator) * 2 * limit - limit
+        linear.weight[row] = fresh.to(linear.weight)
+        if linear.bias is not None:
+            linear.bias[row] = 0
+
+
+def relearn(model, rows, images, labels, config, generator, on_epoch=None, dtype=torch.float32):
+    """Train on from the victim's weights with the suspicious rows drawn anew and pushed away from the old ones.
+
+    Loss: cross-entropy + 0.7 * sum over suspicious rows of cos(row, original row). Returns (network, history).
+    """
+    net = copy_of(model).train()
+    linear = linear_layer(net)
+    original = linear.weight.detach()[rows].clone()
+    redraw_rows(linear, rows, generator)
+    optimizer = torch.optim.SGD(net.parameters(), lr=config.relearn_lr, momentum=config.momentum)
+    rate = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.relearn_epochs)
+    history = {}
+
+    def loss_of(x, index):
+        logits = forward(net, x, dtype)
+        likeness = F.cosine_similarity(linear.weight[rows], original, dim=1).sum()
+        loss = F.cross_entropy(logits, labels[index]) + config.dissimilarity * likeness
+        return loss, logits.argmax(1) == labels[index]
+
+    for _ in range(config.relearn_epochs):
+        loss, accuracy = train_epoch(images, config.batch_size, optimizer, generator, loss_of)
+        rate.step()
+        note(history, on_epoch, loss=loss, accuracy=accuracy)
+    return net, history
+
+
+def repair(model, images, labels, config=Config(), seed=0, on_epoch=None, dtype=torch.float32):  # noqa: B008 (frozen)
+    """Find the output neuron of the backdoor by unlearning, and learn it again.
+
+    images: uint8 (N, 3, H, W); labels: int64 (N,), both on the model's device; on_epoch: called after each epoch with
+    (epoch, figures), of unlearning first; dtype: what autocast computes in.
+    Returns a Repaired whose findings name the suspicious rows (where there are none, relearning is plain fine-tuning),
+    the robust z-score of each row, and how unlearning ended.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    unlearned, before = unlearn(model, images, labels, config, generator, on_epoch, dtype)
+    change = (linear_layer(unlearned).weight - linear_layer(model).weight).detach().abs().sum(1)
+    rows, z = suspicious_rows(change, config)
+    net, after = relearn(model, rows, images, labels, config, generator, on_epoch, dtype)
+    findings = {
+        "suspicious_rows": rows,
+        "z": z,
+        "mad_is_zero": not any(z),
+        "unlearned": before["unlearn_accuracy"][-1] <= config.stop_accuracy,
+    }
+    return Repaired(net.eval(), before | after, findings)
