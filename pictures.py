@@ -66,3 +66,26 @@ def draw_moved(neurons, path):
     fig.supxlabel("activation without bounds")
     fig.supylabel("images")
     utils.write_whole(path, lambda p: fig.savefig(p, format="png", dpi=110))
+
+
+def draw_compared(rows, path):
+    """Write the scatter of BA against ASR: a colour per defence, a marker per attack.
+
+    rows: dictionaries with attack, defense, BA, ASR (None where there is no trigger: not drawn).
+    """
+    fig = Figure(figsize=(7, 4.6), layout="constrained")
+    axis = fig.subplots()
+    rows = [r for r in rows if r["ASR"] is not None]
+    colours = {d: f"C{i}" for i, d in enumerate(dict.fromkeys(r["defense"] for r in rows))}
+    markers = dict(zip(dict.fromkeys(r["attack"] for r in rows), "osD^vP", strict=False))
+    for r in rows:
+        style = {"color": colours[r["defense"]], "marker": markers[r["attack"]]}
+        axis.plot(100 * r["ASR"], 100 * r["BA"], ls="", ms=8, alpha=0.8, **style)
+    for name, colour in colours.items():
+        axis.plot([], [], "o", color=colour, label=name)
+    for name, marker in markers.items():
+        axis.plot([], [], marker, color="grey", label=name)
+    axis.set_xlabel("ASR % (better to the left)")
+    axis.set_ylabel("BA % (better up)")
+    axis.legend(fontsize=8, ncols=2)
+    utils.write_whole(path, lambda p: fig.savefig(p, format="png", dpi=110))

@@ -12,7 +12,7 @@ import cli
 import utils
 from records import load_records
 
-BEGIN, END = "<!-- begin: written by report.py -->", "<!-- end -->"
+BEGIN, END = "<!-- begin: written by {} -->", "<!-- end -->"
 
 
 def percent(share):
@@ -69,13 +69,13 @@ def runs(folder):
     return markdown([*header, "seconds", "peak GiB", "machine", "record"], rows)
 
 
-def put(path, table):
-    """Replace what stands between the marks in the file `path`. Raises InputError when the marks are not there."""
-    text = path.read_text()
-    if text.count(BEGIN) != 1 or END not in text.partition(BEGIN)[2]:
-        raise cli.InputError(f"{path} has no place for the table; put the lines {BEGIN} and {END} into it")
-    before, _, rest = text.partition(BEGIN)
-    new = f"{before}{BEGIN}\n{table}\n{END}{rest.partition(END)[2]}"
+def put(path, table, script="report.py"):
+    """Replace what stands between the marks of `script` in the file `path`. Raises InputError when it has none."""
+    text, begin = path.read_text(), BEGIN.format(script)
+    if text.count(begin) != 1 or END not in text.partition(begin)[2]:
+        raise cli.InputError(f"{path} has no place for the table; put the lines {begin} and {END} into it")
+    before, _, rest = text.partition(begin)
+    new = f"{before}{begin}\n{table}\n{END}{rest.partition(END)[2]}"
     utils.write_whole(path, lambda p: p.write_text(new))
 
 

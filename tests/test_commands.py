@@ -306,9 +306,11 @@ def test_a_defended_model_or_a_foreign_one_is_not_trained_on(tmp_path, first_rou
 
 def test_a_table_goes_between_its_marks_alone(tmp_path):
     page = tmp_path / "page.md"
-    page.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
-    report.put(page, "| new |")
-    assert page.read_text() == f"before\n{report.BEGIN}\n| new |\n{report.END}\nafter\n"
+    a, b = (report.BEGIN.format(script) for script in ("a.py", "b.py"))
+    text = f"before\n{a}\nold\n{report.END}\nbetween\n{b}\nkept\n{report.END}\nafter\n"
+    page.write_text(text)
+    report.put(page, "| new |", "a.py")
+    assert page.read_text() == text.replace("old", "| new |")
     page.write_text("no marks")
     with pytest.raises(InputError, match="no place"):
         report.put(page, "| new |")
