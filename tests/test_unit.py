@@ -111,6 +111,33 @@ def test_ctrl_c_keeps_the_best_so_far(tiny, defence, golden):
     assert all(torch.equal(result.bounds[k], whole.bounds[k]) for k in whole.bounds)
 
 
+@pytest.mark.parametrize("at", ["the validation pass", "the gradient"])
+def test_ctrl_c_within_a_step_leaves_it_out(tiny, defence, golden, monkeypatch, at):
+    """Also while no step was good yet: result, history and bounds are those of the last step measured."""
+    settings = {"acc_degrade": 0.0, "lr": 100.0}  # the first step destroys the network
+    name = {"the validation pass": "accuracy", "the gradient": "sum_over_ranks"}[at]
+    module = unit if name == "accuracy" else unit.utils
+    calls, original = [], getattr(module, name)
+
+    def stop(*args):
+        calls.append(args)
+        if len(calls) == stop_at:
+            raise KeyboardInterrupt
+        return original(*args)
+
+    whole = tighten(tiny, *defence, tiny_config(golden, n_steps=2, **settings))
+    # accuracy: once at the start, once a step; sums: one at the start, 17 for the bounds, then two a step
+    stop_at = {"accuracy": 4, "sum_over_ranks": 1 + 17 + 4 + 1}[name]
+    monkeypatch.setattr(module, name, stop)
+    result = tighten(tiny, *defence, tiny_config(golden, n_steps=5, **settings))
+    assert result.interrupted
+    assert not result.found_good
+    assert result.best_step == 1
+    assert result.history == whole.history
+    assert all(len(v) == 2 for v in result.bound_mean.values())
+    assert all(torch.equal(result.bounds[k], whole.bounds[k]) for k in whole.bounds)
+
+
 def test_uint8_images_are_taken_too(tiny, defence, golden):
     as_bytes = [(t * 255).round().to(torch.uint8) if t.is_floating_point() else t for t in defence]
     a, b = (tighten(tiny, *data, tiny_config(golden, n_steps=1)) for data in (defence, as_bytes))
@@ -183,6 +210,27 @@ class Odd(torch.nn.Module):
 
     def forward(self, x):
         return self.linear(self.act(self.conv(self.bn(x))).mean((2, 3)))
+
+
+class NoDoor(torch.nn.Module):
+    """Does not cast its images to the precision of its weights, and has an activation after a linear layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = torch.nn.Conv2d(3, 4, 3, padding=1)
+        self.act = torch.nn.ReLU()
+        self.hidden = torch.nn.Linear(4, 6)
+        self.act2 = torch.nn.ReLU()
+        self.linear = torch.nn.Linear(6, 10)
+
+    def forward(self, x):
+        return self.linear(self.act2(self.hidden(self.act(self.conv(x)).mean((2, 3)))))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_network_that_is_no_resnet_is_taken(defence, precision):
+    result = tighten(NoDoor().eval(), *defence, UnitConfig(n_steps=2, precision=precision))
+    assert [tuple(b.shape) for b in result.bounds.values()] == [(4, 32, 32), (6,)]
 
 
 @pytest.mark.parametrize("channels", [3, 4])
