@@ -29,6 +29,9 @@ def test_golden_trajectory(tiny, defence, golden, micro_batch):
     np.testing.assert_allclose(history["valid_acc"], golden["valid_acc"], atol=0.0201)  # a boundary image may flip
     recorded = [v for k, v in golden.items() if k.startswith("bound_mean.")]
     for mean, (name, ours) in zip(recorded, result.bound_mean.items(), strict=True):
+        # rounding differences grow: seen with four ways of rounding, 1.7e-4 up to the best step, 1.6e-3 at the end
+        first = slice(int(golden["best_step"]) + 1)
+        np.testing.assert_allclose(ours[first], mean[first], rtol=0, atol=3e-4, err_msg=name)
         np.testing.assert_allclose(ours, mean, rtol=1e-3, atol=1e-3, err_msg=name)
     assert result.best_step == golden["best_step"]
     # the bounds that were measured: those after the chosen step's update
@@ -77,7 +80,7 @@ def test_bounds_start_at_mean_plus_four_sigma(tiny, defence):
 
 
 def test_chosen_bounds_are_good_measured_and_never_negative(tiny, defence, golden):
-    config = tiny_config(golden, n_steps=60)
+    config = tiny_config(golden, n_steps=30)
     result = tighten(tiny, *defence, config)
     good = [acc >= result.initial_acc - config.acc_degrade for acc in result.history["valid_acc"]]
     regs = [r if ok else np.inf for r, ok in zip(result.history["reg"], good, strict=True)]
