@@ -41,6 +41,8 @@ def bounded(kind, low=None, high=None, low_open=False):
             raise argparse.ArgumentTypeError(
                 f"{text!r} is not {'a whole number' if kind is int else 'a number'}"
             ) from None
+        if kind is int and abs(value) > 2**53:
+            raise argparse.ArgumentTypeError(f"{text[:40]} is too large")
         if not math.isfinite(value):
             raise argparse.ArgumentTypeError(f"{text} is not finite")
         if low is not None and not (value > low if low_open else value >= low):

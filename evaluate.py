@@ -54,10 +54,12 @@ class Measured(NamedTuple):
 def evaluate(model, images, labels, backdoor, target, batch_size=128, dtype=torch.float32):
     """Measure BA on all images, and ASR, the share of triggered images of another class that come out as `target`.
 
-    model: images in [0, 1] to logits (N, num_classes), put into eval mode; images: uint8 (N, 3, H, W); labels: int64
-    (N,); backdoor: the trigger, or None to measure BA alone; dtype: what autocast computes in.
-    Returns a Measured.
+    model: images in [0, 1] to logits (N, num_classes), put into eval mode; images: uint8 (N, 3, H, W), or float in
+    [0, 1]; labels: int64 (N,); backdoor: the trigger, or None to measure BA alone; dtype: what autocast computes in.
+    Returns a Measured. Raises ValueError without images, and without one of another class than the target.
     """
+    if len(images) == 0:
+        raise ValueError("there are no images to measure on")
     model.eval()
     device = next((t.device for t in model.parameters()), images.device)
     images, labels = images.to(device), labels.to(device)
@@ -91,7 +93,7 @@ def victim_backdoor(attack, checkpoint, device):
         backdoor = get_backdoor(attack)
         if checkpoint["trigger"] is not None and checkpoint["attack"] == attack:
             backdoor.load_state_dict(checkpoint["trigger"])
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, TypeError, AttributeError) as error:
         raise cli.InputError(f"no trigger for {attack}: {' '.join(str(error).split())[:200]}") from None
     return backdoor.to(device)
 
@@ -104,7 +106,8 @@ def load_victim(args, device):
     backdoor = victim_backdoor(args.attack, checkpoint, device)
     for flag in ("attack", "target"):
         trained = checkpoint[flag]
-        if trained is not None and trained != getattr(args, flag) and args.attack != "none":
+        differs = trained is not None and trained != getattr(args, flag) and args.attack != "none"
+        if differs and utils.ranks()[0] == 0:
             print(f"note: {path} was trained with {flag} {trained}, measured with {getattr(args, flag)}")
     return path, model, checkpoint, backdoor, args.target
 

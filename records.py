@@ -11,18 +11,18 @@ from cli import InputError
 PLACES = ("datadir", "ckpt", "out", "outdir", "results")  # flags that name places of this machine, of no use elsewhere
 
 
-def save_record(defense, args, config, victim, folder, tag, **figures):
-    """Write the record of a run of `defense` and return its path.
+def save_record(defense, args, config, victim, device, tag, **figures):
+    """Write the record of a run of `defense` into args.results and return its path.
 
-    args: the command's flags; config: the method's constants, a dataclass; victim: path of the checkpoint that was
+    args: the command's flags; config: the method's constants, a dataclass; victim: {"file", "sha256"} of what was
     defended; tag: network and width; figures: plain values.
     """
-    path = Path(folder) / f"{defense}_{args.dataset}_{tag}_{args.attack}_{time.strftime('%Y%m%d-%H%M%S')}.json"
+    path = Path(args.results) / f"{defense}_{args.dataset}_{tag}_{args.attack}_{time.strftime('%Y%m%d-%H%M%S')}.json"
     record = {
         "defense": defense,
-        "victim": {"file": Path(victim).name, "sha256": utils.sha256(victim)},
+        "victim": victim,
         "settings": {k: v for k, v in vars(args).items() if k not in PLACES} | asdict(config),
-        "machine": utils.machine() | {"processes": utils.ranks()[1]},
+        "machine": utils.machine(device) | {"processes": utils.ranks()[1]},
         **figures,
     }
     utils.save_json(record, path)

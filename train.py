@@ -168,7 +168,7 @@ def load_init(path, config, poison, model):
 def speed_up(model, compiling, width, n_images):
     """Return what trains in the model's place: shared among the processes of torchrun, and compiled if that pays.
 
-    compiling: the flag; n_images: still to be trained on. Compiling takes a minute, and needs a C++ compiler.
+    compiling: the flag; n_images: to be trained on. Compiling takes a minute, and needs a C++ compiler.
     """
     fast = DistributedDataParallel(model) if utils.ranks()[1] > 1 else model
     pays = n_images * width**2 > 200_000 and any(map(shutil.which, ("g++", "clang++")))
@@ -194,7 +194,7 @@ def save_victim(model, config, poison, backdoor, test, dtype, history, seconds, 
             **measured._asdict(),
             "history": history,
             "seconds": seconds,
-            "versions": utils.machine(),
+            "versions": utils.machine(test[0].device),
         },
         path,
     )
@@ -211,9 +211,11 @@ def main(argv=None):
     if args.init:
         config["init"] = utils.sha256(args.init)
     out = Path(args.ckpt or utils.checkpoint_path(args.dataset, args.network, args.attack, args.width))
-    partial_path = out.with_suffix(".partial.pt")
+    partial_path = out.with_name(f"{out.name.removesuffix('.pt')}.partial.pt")
     if out.exists() and not args.overwrite:
         raise InputError(f"{out} exists; --overwrite trains it again, --ckpt writes elsewhere")
+    if utils.ranks()[0] == 0:
+        utils.check_place(out)
 
     data = tuple(t.to(device) for t in utils.load_dataset(args.dataset, args.datadir, train=True))
     test = tuple(t.to(device) for t in utils.load_dataset(args.dataset, args.datadir, train=False))
@@ -245,11 +247,12 @@ def main(argv=None):
     if partial:
         say(f"going on after epoch {first} of {args.epochs} ({partial_path})")
     say(
-        f"{args.network} width {args.width:g}, {args.attack} -> {args.target}, {poisoned:,} of {n_images:,} images"
-        f" poisoned, {args.epochs} epochs, {dtype}, {device}"
+        f"{args.network} width {args.width:g} on {args.dataset}, {args.attack} -> {args.target}, {poisoned:,} of"
+        f" {n_images:,} images poisoned, {args.epochs} epochs, {dtype}, {device}"
     )
 
-    fast = speed_up(model, args.compile, args.width, n_images * (args.epochs - first))
+    # by the whole run's length, so that a resumed one rounds alike
+    fast = speed_up(model, args.compile, args.width, n_images * args.epochs)
     for epoch in range(first, args.epochs):
         start = time.perf_counter()
         model.train()

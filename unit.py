@@ -39,6 +39,7 @@ if __name__ == "__main__":
 
 import copy
 import math
+import sys
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -100,7 +101,7 @@ class AlphaSchedule:
     """The weight alpha of the tightening term: doubled while accuracy holds, cut when it does not."""
 
     config: UnitConfig = field(default_factory=UnitConfig)
-    alpha: float | None = None  # of the step to come
+    alpha: float = field(init=False)  # of the step to come
     up: int = 0  # good steps in a row
     down: int = 0  # bad steps in a row
     resets: int = 0  # good steps in a row with alpha under its start
@@ -152,7 +153,7 @@ def tighten(model, x_train, y_train, x_valid, y_valid, config=UnitConfig(), on_s
     schedule = AlphaSchedule(config)
     history = {"alpha": [], "ce": [], "reg": [], "valid_acc": []}
     bound_mean = {name: [] for name in sites}
-    best_reg, best_step, best_bounds, interrupted = math.inf, None, None, False
+    measured, best, interrupted = None, (math.inf, None, None), False
 
     try:
         for step in range(config.n_steps):
@@ -172,30 +173,30 @@ def tighten(model, x_train, y_train, x_valid, y_valid, config=UnitConfig(), on_s
 
             valid_acc = accuracy(net, x_valid, y_valid)
             good = valid_acc >= initial_acc - config.acc_degrade
-            reg = reg.item()
-            if good and reg < best_reg:
-                best_reg, best_step, best_bounds = reg, step, _snapshot(sites)
             schedule.update(good)
 
-            now = {"alpha": alpha, "ce": ce.item(), "reg": reg, "valid_acc": valid_acc}
+            now = {"alpha": alpha, "ce": ce.item(), "reg": reg.item(), "valid_acc": valid_acc}
             for key, value in now.items():
                 history[key].append(value)
             means = torch.stack([site.clip_level().mean() for site in sites.values()]).tolist()
             for name, mean in zip(sites, means, strict=True):
                 bound_mean[name].append(mean)
+            here = step, _snapshot(sites)
+            # in one go, so that Ctrl-C finds both of the same step
+            measured, best = here, (now["reg"], *here) if good and now["reg"] < best[0] else best
             if on_step is not None:
                 on_step(step, now)
     except KeyboardInterrupt:
-        done = min(map(len, (*history.values(), *bound_mean.values())))
-        if not done:
+        if measured is None:
             raise
         interrupted = True
         for values in (*history.values(), *bound_mean.values()):
-            del values[done:]
+            del values[measured[0] + 1 :]
 
+    _, best_step, best_bounds = best
     found_good = best_bounds is not None
     if not found_good:
-        best_step, best_bounds = len(history["valid_acc"]) - 1, _snapshot(sites)
+        best_step, best_bounds = measured
     return UnitResult(best_bounds, best_step, history, bound_mean, initial_acc, found_good, interrupted)
 
 
@@ -257,7 +258,7 @@ def frozen_copy(model, dtype=torch.float32):
         net = folded
     for layer in net.modules():
         if isinstance(layer, (nn.Conv2d, nn.Linear)):
-            layer.to(dtype)
+            layer.to(dtype).register_forward_pre_hook(lambda layer, x: x[0].to(layer.weight.dtype))
     return net.to(device, memory_format=torch.channels_last)
 
 
@@ -269,8 +270,7 @@ def usual_micro_batch(device):
 def _batches(x, y, size, device):
     rank, n_ranks = utils.ranks()
     x, y = x[rank::n_ranks], y[rank::n_ranks]
-    x = utils.to_float(x) if x.dtype == torch.uint8 else x.float()
-    x = x.to(device, memory_format=torch.channels_last)
+    x = utils.to_float(x).to(device, memory_format=torch.channels_last)
     return x.split(size), y.to(device).split(size)
 
 
@@ -300,16 +300,20 @@ def report(step, now, n_steps, progress):
             f"step {step + 1:4d}  CE {now['ce']:.4f}  R {now['reg']:.4f}  alpha {now['alpha']:.3g}"
             f"  validation accuracy {100 * now['valid_acc']:.2f}%"
         )
+        sys.stdout.flush()  # in a log file, too, the line is there when the step is done
 
 
-def save_defended(model, checkpoint, result, config, measured, path):
-    """Write the defended model, weights and bounds and what is known of it, as one file that evaluate.py takes."""
+def save_defended(model, checkpoint, result, config, figures, path):
+    """Write the defended model, weights and bounds and what is known of it, as one file that evaluate.py takes.
+
+    figures: what was measured on it and with which trigger, plain values and tensors.
+    """
     weights = {k: v for k, v in model.state_dict().items() if not k.endswith(".bound")}
     utils.save_checkpoint(
         {
             **checkpoint,
-            **measured._asdict(),
-            "state_dict": utils.half_weights(weights),
+            **figures,
+            "state_dict": utils.packed_weights(weights),
             "bounds": {k: v.cpu() for k, v in result.bounds.items()},
             "defence": {"name": "unit", "best_step": result.best_step, **asdict(config)},
         },
@@ -327,6 +331,8 @@ def main(argv=None):
     tag = utils.network_tag(checkpoint["network"], checkpoint["width"])
     out = Path(args.out or utils.CKPT / f"{args.dataset}_{tag}_{args.attack}_unit.pt")
     test = tuple(t.to(device) for t in utils.load_dataset(args.dataset, args.datadir, train=False))
+    if first and args.dataset != "cifar10":
+        print(f"on {args.dataset}: {len(test[0]):,} test images, a part of CIFAR-10's 10,000")
 
     def measure(model):
         return evaluate(model, *test, backdoor, target, args.batch_size, dtype)
@@ -348,9 +354,13 @@ def main(argv=None):
     if not first:
         tighten(model, *data, config)
         return
+    picture = Path(args.outdir) / f"unit_{args.attack}.png"
+    if out.resolve() == path.resolve():
+        raise InputError(f"--out is the victim {path} itself; give another place")
+    for place in (out, picture, Path(args.results) / "record.json"):
+        utils.check_place(place)
+    victim = {"file": path.name, "sha256": utils.sha256(path)}
 
-    if args.dataset != "cifar10":
-        print(f"on {args.dataset}: {len(test[0]):,} test images, a part of CIFAR-10's 10,000")
     print(f"{path}, {len(data[0]):,} training and {len(data[2]):,} validation images, {config.precision} on {device}")
     before = measure(model)
     print(f"before  {before}", flush=True)
@@ -363,19 +373,24 @@ def main(argv=None):
     if not result.found_good:
         print("note: no step kept the validation accuracy within acc_degrade; the last step's bounds are taken")
     models.set_bounds(model, result.bounds)
+    known = {}
+    if backdoor is not None and checkpoint["attack"] is None:  # a file from elsewhere: what the user knows of it
+        trigger = {k: v.cpu() for k, v in backdoor.state_dict().items()}
+        known = {"attack": args.attack, "target": target, "trigger": trigger}
+    unmeasured = dict.fromkeys(before._fields)
+    save_defended(model, checkpoint, result, config, known | unmeasured, out)  # whatever happens from here on
     after = measure(model)
     peak = utils.peak_memory(device)
     memory = "" if peak is None else f", {peak:.2f} GiB of memory at most"
     done = len(result.history["ce"])
     print(f"after   {after}\nstep {result.best_step + 1} chosen, {seconds:.1f} s for {done} steps{memory}")
 
-    save_defended(model, checkpoint, result, config, after, out)
-    picture = Path(args.outdir) / f"unit_{args.attack}.png"
+    save_defended(model, checkpoint, result, config, known | after._asdict(), out)
     pictures.draw_history(result.history, result.best_step, result.initial_acc - config.acc_degrade, picture)
     figures = {"n_train": len(data[0]), "n_valid": len(data[2]), "seconds": seconds, "peak_GiB": peak}
     figures |= {"before": before._asdict(), "after": after._asdict()}
     figures |= {k: v for k, v in vars(result).items() if k != "bounds"}
-    record = save_record("unit", args, config, path, args.results, tag, **figures)
+    record = save_record("unit", args, config, victim, device, tag, **figures)
     print(f"wrote {out}, {picture}, {record}")
     if result.interrupted:
         raise KeyboardInterrupt

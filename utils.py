@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 import cifar10
 import models
-from cli import ROOT, InputError
+from cli import DATASETS, ROOT, InputError
 
 CKPT = ROOT / "ckpt"
 FORMAT = 1  # of our checkpoints
@@ -69,13 +69,13 @@ def repeatable():
     return torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
 
 
-def machine():
-    """Return what a figure depends on besides the code: versions and device, as plain values."""
-    cuda = torch.cuda.is_available()
+def machine(device):
+    """Return what a figure computed on `device` depends on besides the code, as plain values: versions, device."""
     return {
         "python": platform.python_version(),
         "torch": str(torch.__version__),
-        "device": torch.cuda.get_device_name(0) if cuda else _cpu_name(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
+        "kind": device.type,
         "threads": torch.get_num_threads(),
         "date": time.strftime("%Y-%m-%d"),
     }
@@ -85,6 +85,10 @@ def peak_memory(device):
     """Return the most memory held so far, in GiB: the allocator's on a GPU, else the process's; None where unknown."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
+    status = Path("/proc/self/status")
+    if status.exists():  # getrusage also counts what the parent held before it started this process
+        kib = [line.split()[1] for line in status.read_text().splitlines() if line.startswith("VmHWM")]
+        return int(kib[0]) / 2**20 if kib else None
     if resource is None:
         return None
     unit = 1 if sys.platform == "darwin" else 2**10  # bytes there, KiB elsewhere
@@ -147,8 +151,9 @@ def load_dataset(name, datadir, train):
 
 
 def to_float(images):
-    """Return uint8 images (N, 3, H, W) as float32 in [0, 1], laid out channels last."""
-    return images.to(torch.float32, memory_format=torch.channels_last) / 255
+    """Return images (N, 3, H, W), uint8 or float in [0, 1], as float32 in [0, 1], laid out channels last."""
+    x = images.to(torch.float32, memory_format=torch.channels_last)
+    return x if images.is_floating_point() else x / 255
 
 
 def augment(images, generator, padding=4):
@@ -214,10 +219,21 @@ def write_whole(path, write):
         finally:
             part.unlink(missing_ok=True)
     except (OSError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):  # its word for a full disk
+        # torch.save's own words for a disk that takes no more
+        full = any(words in str(error) for words in ("PytorchStreamWriter", "unexpected pos", "inline_container"))
+        if isinstance(error, RuntimeError) and not full:
             raise
         reason = str(error).splitlines()[0]
         raise InputError(f"cannot write {path}: {reason}; make room or choose another place") from None
+
+
+def check_place(path):
+    """Raise InputError unless a file can be written at `path`: what a long run wants to know before it starts."""
+    path = Path(path)
+    if path.is_dir():
+        raise InputError(f"cannot write {path}: it is a folder; give the name of a file")
+    write_whole(path.with_name(f"{path.name}.probe"), lambda p: p.write_bytes(b""))
+    path.with_name(f"{path.name}.probe").unlink()
 
 
 def save_json(value, path):
@@ -259,6 +275,12 @@ def half_weights(state_dict):
     return {k: v.detach().cpu().half() if v.dim() > 1 else v.detach().cpu() for k, v in state_dict.items()}
 
 
+def packed_weights(state_dict):
+    """Return the state dict on the CPU, its weights in half precision where that loses nothing."""
+    whole = {k: v.detach().cpu() for k, v in state_dict.items()}
+    return {k: h if torch.equal(h.to(whole[k].dtype), whole[k]) else whole[k] for k, h in half_weights(whole).items()}
+
+
 def save_checkpoint(checkpoint, path):
     """Write a checkpoint (a dictionary of tensors and plain values), whole or not at all."""
     write_whole(path, lambda p: torch.save({"format": FORMAT, **checkpoint}, p))
@@ -297,8 +319,9 @@ def _how_to_make(path):
         for network in models.NETWORKS:
             if path.resolve() == checkpoint_path("cifar10", network, attack):
                 return f"make it with: python train.py --network {network} --attack {attack}"
-            if path.name.endswith(f"_{network}_{attack}_unit.pt"):
-                return f"make it with: python unit.py --network {network} --attack {attack}"
+            for dataset in DATASETS:
+                if path.name == f"{dataset}_{network}_{attack}_unit.pt":
+                    return f"make it with: python unit.py --dataset {dataset} --network {network} --attack {attack}"
     return "train one with: python train.py --attack badnet (or give --ckpt the right path)"
 
 
@@ -310,9 +333,14 @@ def load_model(path, device="cpu"):
     checkpoint = load_checkpoint(path)
     state = checkpoint.pop("state_dict")
     try:
+        if not (0 < checkpoint["width"] <= models.MAX_WIDTH and 0 < checkpoint["num_classes"] <= models.MAX_CLASSES):
+            raise ValueError(f"width {checkpoint['width']}, {checkpoint['num_classes']} classes")
         model = models.get_model(checkpoint["network"], checkpoint["num_classes"], checkpoint["width"])
         model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in state.items()})
         if checkpoint["bounds"] is not None:
+            shapes = {name: tuple(bound.shape) for name, bound in checkpoint["bounds"].items()}
+            if shapes != models.site_shapes(model.eval()):
+                raise ValueError("bounds of other sites or shapes")
             models.set_bounds(model, checkpoint["bounds"])
     except (ValueError, RuntimeError, TypeError, AttributeError, KeyError) as error:
         raise InputError(f"{path} does not fit: {' '.join(str(error).split())[:300]}") from None

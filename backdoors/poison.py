@@ -37,6 +37,8 @@ def poison_training_set(labels, attack, target, rate=None, seed=0):
     """
     rate = POISON_RATE[attack] if rate is None else rate
     noise_rate = NOISE_RATE.get(attack, 0.0)
+    if attack == "none" and rate:
+        raise ValueError(f"poison rate {rate} without an attack; choose an attack or leave the rate out")
     if not 0 <= rate < 1 or rate + noise_rate > 1:
         raise ValueError(f"poison rate {rate} must lie in [0, {1 - noise_rate:g})")
     n = round(rate * len(labels))

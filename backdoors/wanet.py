@@ -1,5 +1,7 @@
 """WaNet (Nguyen & Tran, ICLR 2021): a fixed smooth warp of the whole image."""
 
+import warnings
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -24,7 +26,9 @@ def make_grids(size, seed=SEED):
 
 def _read_grid(path, size):
     try:
-        grid = torch.load(path, map_location="cpu", weights_only=True)  # the authors' files hold CUDA tensors
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of foreign formats, which are refused right after
+            grid = torch.load(path, map_location="cpu", weights_only=True)  # the authors' files hold CUDA tensors
     except Exception as error:  # whatever a foreign file makes torch raise
         raise ValueError(f"{path} is no grid file ({type(error).__name__}); put the right file there") from None
     if not isinstance(grid, torch.Tensor) or grid.shape != (1, size, size, 2):

@@ -2,11 +2,13 @@
 
 from functools import partial
 
-from .custom_modules import ClippedReLU, activation_sites, set_bounds
-from .pickled import describe_state_dict, read_pickle
+from .custom_modules import ClippedReLU, activation_sites, set_bounds, site_shapes
+from .pickled import MAX_CLASSES, MAX_WIDTH, describe_state_dict, read_pickle
 from .resnet import BasicBlock, Bottleneck, ResNet
 
 __all__ = [
+    "MAX_CLASSES",
+    "MAX_WIDTH",
     "NETWORKS",
     "ClippedReLU",
     "activation_sites",
@@ -14,6 +16,7 @@ __all__ = [
     "get_model",
     "read_pickle",
     "set_bounds",
+    "site_shapes",
 ]
 
 NETWORKS = {

@@ -7,8 +7,9 @@ from torch import nn
 class _ReLUClip(torch.autograd.Function):
     """min(max(x, 0), c) with c >= 0, in as few passes over memory as it takes.
 
-    x: (N, C, H, W); c: fp32 (C, H, W). At ties the whole gradient goes to x and none to the bound: a dead neuron
-    (activation 0, bound 0) moves no bound. The bound's gradient is summed over the batch in fp32.
+    x: (N, C, H, W) or (N, F); c: fp32 without the N. At ties the whole gradient goes to x and none to the bound: a dead
+    neuron (activation 0, bound 0) moves no bound. The bound's gradient is summed over the batch in fp32, and rounded to
+    x's precision once at the end.
     """
 
     @staticmethod
@@ -29,7 +30,12 @@ class _ReLUClip(torch.autograd.Function):
 
 
 def _sum_over_batch(t):
-    """Sum (N, C, H, W), channels last in memory, to fp32 (C, H, W); over flat rows, which is many times faster."""
+    """Sum (N, C, H, W), channels last in memory, to (C, H, W); over flat rows, which is many times faster.
+
+    torch adds bf16 numbers in fp32 and rounds the sum. To ask for an fp32 sum costs six times as long on a CPU.
+    """
+    if t.dim() != 4:
+        return t.sum(0).float()
     rows = t.permute(0, 2, 3, 1)
     return rows.reshape(len(t), -1).sum(0).view(rows.shape[1:]).permute(2, 0, 1).float()
 
@@ -38,14 +44,16 @@ class ClippedReLU(nn.Module):
     """min(ReLU(x), max(b, 0)), the activation clipped at its learned upper bound.
 
     bound: the raw b, shape (C, H, W), one number per neuron and position; any sign, infinity means no bound.
-    Input and output: (N, C, H, W).
+    Input and output: (N, C, H, W). After a linear layer: (F,) and (N, F).
     """
 
     def __init__(self, bound):
         super().__init__()
-        # channels last in memory, as the activations are: else every pass over the two together is several times slower
-        last = bound.detach().float().permute(1, 2, 0).clone(memory_format=torch.contiguous_format)
-        self.bound = nn.Parameter(last.permute(2, 0, 1))
+        bound = bound.detach().float().clone()
+        if bound.dim() == 3:
+            # channels last in memory, as the activations are: else every pass over the two is several times slower
+            bound = bound.permute(1, 2, 0).contiguous().permute(2, 0, 1)
+        self.bound = nn.Parameter(bound)
 
     def clip_level(self):
         """Return c = max(b, 0), shape (C, H, W), differentiable in b."""
@@ -61,6 +69,22 @@ def activation_sites(model):
     Forward order is order of registration, which the networks of this package keep.
     """
     return {name: m for name, m in model.named_modules() if isinstance(m, (nn.ReLU, ClippedReLU))}
+
+
+@torch.no_grad()
+def site_shapes(model, size=32):
+    """Return {site: (C, H, W)}, the shape of each site's bound for square images of `size`; model in eval mode."""
+    shapes, device = {}, next(model.parameters()).device
+    handles = [
+        site.register_forward_hook(lambda _module, _inputs, out, name=name: shapes.update({name: tuple(out.shape[1:])}))
+        for name, site in activation_sites(model).items()
+    ]
+    try:
+        model(torch.zeros(1, 3, size, size, device=device))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return shapes
 
 
 def set_bounds(model, bounds):

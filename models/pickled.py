@@ -6,10 +6,13 @@ inert record before the file is read, so that neither the classes themselves nor
 
 import pickle
 import re
+import warnings
 
 import torch
 from torch import nn
 
+# what a file may ask for; a width of 8 is what the commands take
+MAX_WIDTH, MAX_CLASSES = 8, 100_000
 AUTHORS_CLASSES = ("models.resnet.ResNet", "models.resnet.BasicBlock", "models.custom_modules.SequentialWithArgs")
 
 
@@ -46,14 +49,15 @@ def read_pickle(path):
     """
     names = (*AUTHORS_CLASSES, *_torch_layers())
     try:
-        with torch.serialization.safe_globals([(_Record, name) for name in names]):
+        with torch.serialization.safe_globals([(_Record, name) for name in names]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of foreign formats, which are refused right after
             content = torch.load(path, map_location="cpu", weights_only=True)
+        if isinstance(content, _Record):
+            content = _collect(content, "", {})
     except pickle.UnpicklingError as error:
         raise ValueError(f"it holds more than tensors and plain values ({_reason(error)})") from None
-    except Exception as error:  # whatever a damaged file makes torch raise
+    except Exception as error:  # whatever a damaged or malicious file makes torch raise, or a network of itself
         raise ValueError(f"it is damaged or no checkpoint ({type(error).__name__}: {_reason(error)})") from None
-    if isinstance(content, _Record):
-        content = _collect(content, "", {})
     if not isinstance(content, dict):
         raise ValueError(f"it holds a {type(content).__name__}, not a checkpoint or a state dict")
     return content
@@ -61,6 +65,8 @@ def read_pickle(path):
 
 def _reason(error):
     """Return what torch says is wrong in a line, without its advice on how to load the file unsafely."""
+    if "TorchScript" in str(error):
+        return "a TorchScript archive"
     lines = [line for line in str(error).splitlines() if line.strip() and "weights_only" not in line]
     text = re.sub(r"^.*?WeightsUnpickler error:", "", lines[0] if lines else "unreadable")
     return re.split(r"\. |, please| Please| was not an allowed", text)[0].strip()[:160]
@@ -74,14 +80,16 @@ def describe_state_dict(state):
     from . import NETWORKS, get_model
 
     try:
-        stem, linear = state["conv1.weight"].shape, state["linear.weight"].shape
+        (channels, *_), (num_classes, _) = state["conv1.weight"].shape, state["linear.weight"].shape
         keys = {k for k in state if not k.endswith("num_batches_tracked")}
-    except (KeyError, AttributeError, TypeError):
+    except (KeyError, AttributeError, TypeError, ValueError):
         raise ValueError("it has no conv1.weight and linear.weight, so it is no ResNet for 32x32") from None
-    width = stem[0] / 64
+    width = channels / 64
+    if not (1 <= channels <= 64 * MAX_WIDTH and 1 <= num_classes <= MAX_CLASSES):
+        raise ValueError(f"a network of {channels} channels and {num_classes} classes is out of bounds")
     for name in NETWORKS:
         with torch.device("meta"):
-            model = get_model(name, linear[0], width)
+            model = get_model(name, num_classes, width)
         if keys == {k for k in model.state_dict() if not k.endswith("num_batches_tracked")}:
-            return {"network": name, "width": width, "num_classes": linear[0]}
+            return {"network": name, "width": width, "num_classes": num_classes}
     raise ValueError(f"its layers fit none of {', '.join(NETWORKS)}")

@@ -529,7 +529,9 @@ def test_epoch_roles_catch_up_where_a_batch_has_no_room():
         assert roles.bincount().tolist() == [100, 700, 200]
 
 
-@pytest.mark.parametrize(("attack", "rate"), [("badnet", -0.1), ("badnet", 1.0), ("badnet", 1.5), ("wanet", 0.81)])
+@pytest.mark.parametrize(
+    ("attack", "rate"), [("badnet", -0.1), ("badnet", 1.0), ("badnet", 1.5), ("wanet", 0.81), ("none", 0.1)]
+)
 def test_poison_rates_that_cannot_be(attack, rate):
     with pytest.raises(ValueError, match="poison rate"):
         poison_training_set(torch.zeros(1000, dtype=torch.int64), attack, 0, rate)

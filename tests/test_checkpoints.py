@@ -2,6 +2,10 @@
 
 import os
 import pickle
+import re
+import subprocess
+import sys
+import warnings
 from collections import OrderedDict
 
 import pytest
@@ -11,7 +15,8 @@ from torch import nn
 import models
 import models.custom_modules
 import utils
-from cli import InputError
+from cli import ROOT, InputError
+from evaluate import victim_backdoor
 from tests.test_models import random_bounds
 
 
@@ -172,8 +177,9 @@ def test_a_missing_checkpoint_says_what_makes_it(attack):
     path = utils.checkpoint_path("cifar10", "resnet50", attack)
     with pytest.raises(InputError, match=f"python train.py --network resnet50 --attack {attack}"):
         utils.load_checkpoint(path)
-    with pytest.raises(InputError, match=f"python unit.py --network resnet50 --attack {attack}"):
-        utils.load_checkpoint(utils.checkpoint_path("cifar10", "resnet50", attack, suffix="_unit"))
+    for dataset in ("cifar10", "cifar10_sample"):
+        with pytest.raises(InputError, match=f"unit.py --dataset {dataset} --network resnet50 --attack {attack}"):
+            utils.load_checkpoint(utils.checkpoint_path(dataset, "resnet50", attack, suffix="_unit"))
 
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path):
@@ -190,6 +196,101 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["f.json"]
 
 
-def test_a_full_disk_is_bad_luck_not_a_traceback(tiny):
+@pytest.mark.skipif(sys.platform == "win32", reason="no limit on the size of files there")
+def test_a_full_disk_is_bad_luck_not_a_traceback(victim_file, tmp_path):
+    """A disk that takes 64 KiB of a file and no more: one line, status 2, and no half-written file."""
+    code = f"""if True:
+        import resource, signal
+        import cli, utils
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        checkpoint = utils.load_checkpoint({str(victim_file)!r})
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, 2**16))
+        cli.run(lambda: utils.save_checkpoint(checkpoint, {str(tmp_path / "new" / "x.pt")!r}))
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2
+    assert re.fullmatch(r"error: cannot write .*; make room or choose another place\n", done.stderr)
+    assert list((tmp_path / "new").iterdir()) == []
+
+
+@pytest.mark.parametrize("place", ["folder", "file/x.pt"])
+def test_a_place_that_cannot_be_written_is_known_beforehand(tmp_path, place):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot write"):
-        utils.save_checkpoint({"state_dict": tiny.state_dict()}, "/dev/full/x.pt")
+        utils.check_place(tmp_path / place)
+    utils.check_place(tmp_path / "new" / "x.pt")
+    assert list((tmp_path / "new").iterdir()) == []
+
+
+def test_packed_weights_are_the_same_to_the_last_bit():
+    state = {"whole": torch.tensor([[1 / 3, 2.0]]), "half": torch.tensor([[0.5, 2.0]]), "n": torch.tensor(3)}
+    packed = utils.packed_weights(state)
+    assert [t.dtype for t in packed.values()] == [torch.float32, torch.float16, torch.int64]
+    assert all(torch.equal(packed[k].to(v.dtype), v) for k, v in state.items())
+
+
+def bent(path, **changes):
+    """The same checkpoint with changes."""
+    checkpoint = utils.load_checkpoint(path)
+    utils.save_checkpoint({**checkpoint, **changes}, path)
+
+
+@pytest.mark.parametrize("shape", [(8, 1, 1), (3, 3, 3), ()])
+def test_bounds_of_another_shape_are_refused(victim_file, tiny, shape):
+    bounds = random_bounds(tiny, 0)
+    bent(victim_file, bounds=bounds | {"act": torch.ones(shape)})
+    with pytest.raises(InputError, match="does not fit: bounds of other sites or shapes"):
+        utils.load_model(victim_file)
+
+
+@pytest.mark.parametrize("changes", [{"width": 1e6}, {"width": "wide"}, {"num_classes": 10**12}, {"bounds": [1]}])
+def test_a_network_out_of_bounds_is_refused_before_it_is_built(victim_file, changes):
+    bent(victim_file, **changes)
+    with pytest.raises(InputError, match="does not fit"):
+        utils.load_model(victim_file)
+
+
+@pytest.mark.parametrize("trigger", [[1], {"patch": "x"}, 7, {"patch": torch.zeros(1)}])
+def test_a_trigger_that_is_none_is_refused(victim_file, trigger):
+    bent(victim_file, trigger=trigger, attack="badnet")
+    with pytest.raises(InputError, match="no trigger for badnet") as caught:
+        victim_backdoor("badnet", utils.load_checkpoint(victim_file), torch.device("cpu"))
+    assert "\n" not in str(caught.value)
+
+
+def test_odd_state_dicts_are_refused(tmp_path):
+    odd = [
+        {"conv1.weight": torch.tensor(1.0), "linear.weight": torch.tensor(1.0)},
+        {"conv1.weight": torch.zeros(1).expand(10**9, 3, 3, 3), "linear.weight": torch.zeros(10, 64)},
+        {"conv1.weight": 1, "linear.weight": [2]},
+    ]
+    for content in odd:
+        torch.save(content, tmp_path / "x.pt")
+        with pytest.raises(InputError, match="is refused"):
+            utils.load_checkpoint(tmp_path / "x.pt")
+
+
+def test_an_authors_object_that_contains_itself_is_refused(authors_model, tmp_path):
+    authors_model._modules["layer1"]._modules["again"] = authors_model
+    torch.save(authors_model, tmp_path / "x.pt")
+    with pytest.raises(InputError, match="RecursionError"):
+        utils.load_checkpoint(tmp_path / "x.pt")
+
+
+@pytest.mark.parametrize("kind", ["plain pickle", "TorchScript", "code"])
+def test_a_foreign_file_is_one_line_on_standard_error(tmp_path, kind):
+    path = tmp_path / "x.pt"
+    if kind == "plain pickle":
+        path.write_bytes(pickle.dumps({"conv1.weight": 1}))
+    elif kind == "code":
+        torch.save(Evil(tmp_path / "ran"), path)
+    else:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.jit.save(torch.jit.script(nn.Linear(2, 2)), path)
+    command = [sys.executable, str(ROOT / "evaluate.py"), "--dataset", "cifar10_sample", "--ckpt", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2
+    assert re.fullmatch(r"error: .* is refused: .*\n", done.stderr)
+    assert not (tmp_path / "ran").exists()

@@ -10,7 +10,6 @@ import struct
 import subprocess
 import sys
 import tarfile
-import time
 from pathlib import Path
 
 import numpy as np
@@ -142,9 +141,7 @@ def refused(datadir, match, train=True):
 @pytest.mark.parametrize(("train", "per_class"), [(True, 50), (False, 200)])
 def test_sample(train, per_class, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    start = time.perf_counter()
     images, labels = cifar10.load_sample(train)
-    assert time.perf_counter() - start < 2
     assert images.shape == (10 * per_class, 3, 32, 32)
     assert images.dtype == torch.uint8
     assert images.is_contiguous()

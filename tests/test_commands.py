@@ -49,6 +49,8 @@ def test_wrong_flags_end_in_one_line_and_status_2(script):
         ("unit.py", ["--data_rate", "1.5"], "at most 1"),
         ("unit.py", ["--n_steps", "2.5"], "whole number"),
         ("train.py", ["--width", "0"], "at least"),
+        ("train.py", ["--seed", "1" + 400 * "0"], "too large"),
+        ("evaluate.py", ["--batch_size", "10000000000000000000000"], "too large"),
     ],
 )
 def test_numbers_out_of_range(script, flags, reason):
@@ -321,3 +323,48 @@ def test_what_is_no_record_is_named(tmp_path):
     (tmp_path / "unit_x.json").write_text("{}")
     with pytest.raises(InputError, match="no record of a run"):
         report.runs(tmp_path)
+
+
+def test_a_victim_from_elsewhere_is_saved_to_the_last_bit(tiny, tmp_path, capsys):
+    """Its weights are no half-precision numbers, and its attack is known to the user alone."""
+    foreign = tmp_path / "foreign.pt"
+    torch.save({k: v * (1 + 1e-5) if v.dim() > 1 else v for k, v in tiny.state_dict().items()}, foreign)
+    run_unit(foreign, tmp_path, "--n_steps", "1", "--attack", "badnet", "--target", "0")
+    before, after = (utils.load_checkpoint(p) for p in (foreign, tmp_path / "d.pt"))
+    weights = before["state_dict"]
+    assert all(torch.equal(after["state_dict"][k].to(v.dtype), v) for k, v in weights.items())
+    assert (after["attack"], after["target"]) == ("badnet", 0)
+    printed = capsys.readouterr().out.split("after   ")[1].splitlines()[0]
+    run_unit(foreign, tmp_path, "--phase", "test")
+    assert printed in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flag", ["--out", "--outdir", "--results"])
+def test_a_place_that_cannot_be_written_is_said_before_the_search(victim_file, tmp_path, flag, monkeypatch):
+    monkeypatch.setattr(unit, "tighten", lambda *_args: pytest.fail("the search began"))
+    (tmp_path / "file").write_text("")
+    bad = {"--out": tmp_path, "--outdir": tmp_path / "file" / "x", "--results": tmp_path / "file"}[flag]
+    with pytest.raises(InputError, match="cannot write"):
+        run_unit(victim_file, tmp_path, flag, str(bad))
+    before = victim_file.read_bytes()
+    with pytest.raises(InputError, match="the victim"):
+        run_unit(victim_file, tmp_path, "--out", str(victim_file))
+    assert victim_file.read_bytes() == before
+
+
+def test_the_bounds_are_on_disk_before_they_are_measured(victim_file, tmp_path, monkeypatch):
+    """A kill or a second Ctrl-C during the last measurement does not cost the search."""
+    measure, calls = unit.evaluate, []
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return measure(*args)
+
+    monkeypatch.setattr(unit, "evaluate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_unit(victim_file, tmp_path, "--n_steps", "1")
+    model, checkpoint = utils.load_model(tmp_path / "d.pt")
+    assert checkpoint["BA"] is None
+    assert checkpoint["bounds"] is not None

@@ -143,3 +143,15 @@ def test_the_neurons_that_a_trigger_moves_most(tiny, defence):
         tiny(utils.to_float(images))
         handle.remove()
         torch.testing.assert_close(seen[0][(slice(None), *a.place)], a.clean, rtol=1e-4, atol=1e-5)
+
+
+def test_float_images_in_0_1_measure_as_their_bytes_do(coded):
+    images, labels = coded
+    as_bytes, as_floats = (evaluate(ReadsFirstPixel(), x, labels, Paint(), TARGET) for x in (images, images / 255))
+    assert as_bytes == as_floats
+    assert as_floats.BA == 1
+
+
+def test_no_images_are_bad_input():
+    with pytest.raises(ValueError, match="no images"):
+        evaluate(Constant(0), torch.zeros(0, 3, 32, 32), torch.zeros(0, dtype=torch.int64), None, 0)

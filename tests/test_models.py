@@ -138,6 +138,21 @@ def test_gradients_are_those_of_the_definition():
     torch.testing.assert_close(site.bound.grad, b2.grad)
 
 
+def test_bf16_gradients_are_added_in_fp32():
+    """Added in bf16, ones would stop counting at 256."""
+    clip = models.ClippedReLU(torch.full((2, 3, 3), 0.5))
+    clip(torch.ones(1000, 2, 3, 3, dtype=torch.bfloat16)).sum().backward()
+    assert (clip.bound.grad == 1000).all()
+
+
+def test_activations_after_a_linear_layer_are_clipped_too():
+    clip = models.ClippedReLU(torch.tensor([1.0, -1.0, 2.0]))
+    x = torch.tensor([[3.0, 3.0, 1.0], [-1.0, 1.0, 5.0]])
+    assert clip(x).tolist() == [[1, 0, 1], [0, 0, 2]]
+    clip(x).sum().backward()
+    assert clip.bound.grad.tolist() == [1, 0, 1]
+
+
 def test_a_tie_sends_nothing_to_the_bound():
     # dead neuron: activation 0, bound 0; and an activation exactly at its bound
     x = torch.tensor([0.0, 2.0]).view(1, 2, 1, 1).requires_grad_()

@@ -29,6 +29,9 @@ def test_golden_trajectory(tiny, defence, golden, micro_batch):
     np.testing.assert_allclose(history["valid_acc"], golden["valid_acc"], atol=0.0201)  # a boundary image may flip
     recorded = [v for k, v in golden.items() if k.startswith("bound_mean.")]
     for mean, (name, ours) in zip(recorded, result.bound_mean.items(), strict=True):
+        # rounding differences grow: seen with four ways of rounding, 1.7e-4 up to the best step, 1.6e-3 at the end
+        first = slice(int(golden["best_step"]) + 1)
+        np.testing.assert_allclose(ours[first], mean[first], rtol=0, atol=3e-4, err_msg=name)
         np.testing.assert_allclose(ours, mean, rtol=1e-3, atol=1e-3, err_msg=name)
     assert result.best_step == golden["best_step"]
     # the bounds that were measured: those after the chosen step's update
@@ -77,7 +80,7 @@ def test_bounds_start_at_mean_plus_four_sigma(tiny, defence):
 
 
 def test_chosen_bounds_are_good_measured_and_never_negative(tiny, defence, golden):
-    config = tiny_config(golden, n_steps=60)
+    config = tiny_config(golden, n_steps=30)
     result = tighten(tiny, *defence, config)
     good = [acc >= result.initial_acc - config.acc_degrade for acc in result.history["valid_acc"]]
     regs = [r if ok else np.inf for r, ok in zip(result.history["reg"], good, strict=True)]
@@ -108,6 +111,33 @@ def test_ctrl_c_keeps_the_best_so_far(tiny, defence, golden):
     assert result.interrupted
     assert len(result.history["reg"]) == 3
     whole = tighten(tiny, *defence, tiny_config(golden, n_steps=3))
+    assert all(torch.equal(result.bounds[k], whole.bounds[k]) for k in whole.bounds)
+
+
+@pytest.mark.parametrize("at", ["the validation pass", "the gradient"])
+def test_ctrl_c_within_a_step_leaves_it_out(tiny, defence, golden, monkeypatch, at):
+    """Also while no step was good yet: result, history and bounds are those of the last step measured."""
+    settings = {"acc_degrade": 0.0, "lr": 100.0}  # the first step destroys the network
+    name = {"the validation pass": "accuracy", "the gradient": "sum_over_ranks"}[at]
+    module = unit if name == "accuracy" else unit.utils
+    calls, original = [], getattr(module, name)
+
+    def stop(*args):
+        calls.append(args)
+        if len(calls) == stop_at:
+            raise KeyboardInterrupt
+        return original(*args)
+
+    whole = tighten(tiny, *defence, tiny_config(golden, n_steps=2, **settings))
+    # accuracy: once at the start, once a step; sums: one at the start, 17 for the bounds, then two a step
+    stop_at = {"accuracy": 4, "sum_over_ranks": 1 + 17 + 4 + 1}[name]
+    monkeypatch.setattr(module, name, stop)
+    result = tighten(tiny, *defence, tiny_config(golden, n_steps=5, **settings))
+    assert result.interrupted
+    assert not result.found_good
+    assert result.best_step == 1
+    assert result.history == whole.history
+    assert all(len(v) == 2 for v in result.bound_mean.values())
     assert all(torch.equal(result.bounds[k], whole.bounds[k]) for k in whole.bounds)
 
 
@@ -183,6 +213,27 @@ class Odd(torch.nn.Module):
 
     def forward(self, x):
         return self.linear(self.act(self.conv(self.bn(x))).mean((2, 3)))
+
+
+class NoDoor(torch.nn.Module):
+    """Does not cast its images to the precision of its weights, and has an activation after a linear layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = torch.nn.Conv2d(3, 4, 3, padding=1)
+        self.act = torch.nn.ReLU()
+        self.hidden = torch.nn.Linear(4, 6)
+        self.act2 = torch.nn.ReLU()
+        self.linear = torch.nn.Linear(6, 10)
+
+    def forward(self, x):
+        return self.linear(self.act2(self.hidden(self.act(self.conv(x)).mean((2, 3)))))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_network_that_is_no_resnet_is_taken(defence, precision):
+    result = tighten(NoDoor().eval(), *defence, UnitConfig(n_steps=2, precision=precision))
+    assert [tuple(b.shape) for b in result.bounds.values()] == [(4, 32, 32), (6,)]
 
 
 @pytest.mark.parametrize("channels", [3, 4])

@@ -24,7 +24,7 @@ def arguments(**defaults):
     args = p.parse_args()
     args.device = utils.get_device(args.device)
     args.dtype = utils.get_dtype(args.precision, args.device)
-    m = utils.machine()
+    m = utils.machine(args.device)
     print(f"{m['device']}, {m['threads']} threads, torch {m['torch']}, {args.device.type}, {args.dtype}, {m['date']}")
     return args
 

@@ -5,7 +5,6 @@ allocator's on a GPU; the images themselves (12 KiB each) are part of it.
 """
 
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ import torch
 
 import models
 import unit
+import utils
 
 RATES = (0.01, 0.05, 0.10, 0.50)
 
@@ -34,9 +34,8 @@ def measure(args):
     unit.tighten(model, *data, config, lambda _step, _now: marks.append(time.perf_counter()))
     # the first step warms up
     per_step = [b - a for a, b in zip(marks, marks[1:], strict=False)]
-    cuda = args.device.type == "cuda"
-    peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(json.dumps({"images": args.images, "seconds": sorted(per_step), "GiB": peak / 2**30}))
+    peak = utils.peak_memory(args.device)
+    print(json.dumps({"images": args.images, "seconds": sorted(per_step), "GiB": peak}))
 
 
 def main():
