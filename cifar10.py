@@ -148,8 +148,10 @@ def _untile(picture):
 
 
 def _found(datadir):
-    """Return the folder of the full set under `datadir`, or None."""
-    return next((datadir / form for form in (BIN, PY) if (datadir / form).is_dir()), None)
+    """Return the folder of the full set under `datadir`, a complete one first, or None."""
+    folders = [datadir / form for form in (BIN, PY) if (datadir / form).is_dir()]
+    complete = [f for f in folders if all((f / (f"{n}.bin" if f.name == BIN else n)).exists() for n in BATCHES)]
+    return next(iter(complete + folders), None)
 
 
 def _verified(folder, name):

@@ -4,7 +4,7 @@
     python evaluate.py --attack badnet --ckpt ckpt/cifar10_resnet18_badnet_unit.pt    # after unit.py
 
 prints `Benign accuracy: 94.12%, ASR: 99.97%` with the counts and writes demo_{attack}.png.
-19,000 images; about a minute on two cores, a second on a GPU.
+19,000 images; about a minute on two cores.
 """
 
 import cli

@@ -39,6 +39,8 @@ def victims(folder):
         if path.stem.endswith((".partial", "_unit")):
             continue
         c = utils.load_checkpoint(path)
+        if "poison_rate" not in c:  # a checkpoint from elsewhere, of which nothing is known
+            continue
         kind = "clean" if c["attack"] == "none" else "clean-label" if c["clean_label"] else "dirty-label"
         rows.append([
             f"`{path.name}`", f"{kind}, {100 * c['poison_rate']:g} %", percent(c["BA"]), percent(c["ASR"]),

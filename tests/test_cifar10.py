@@ -200,6 +200,15 @@ def test_both_forms(form, tiny, tmp_path):
 
 
 @pytest.mark.parametrize("form", [cifar10.BIN, cifar10.PY])
+def test_a_complete_form_goes_before_an_incomplete_one(form, tiny, tmp_path):
+    tiny.write(tmp_path, form)
+    other = tmp_path / ({cifar10.BIN, cifar10.PY} - {form}).pop()
+    other.mkdir()
+    (other / "data_batch_1.bin").write_bytes(b"cut off")
+    tiny.check(tmp_path)
+
+
+@pytest.mark.parametrize("form", [cifar10.BIN, cifar10.PY])
 @pytest.mark.parametrize("harm", ["cut", "longer", "flipped", "missing"])
 def test_damaged_file(form, harm, tiny, tmp_path):
     tiny.write(tmp_path, form)
