@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent
 
 DATASETS = ("cifar10", "cifar10_sample")
 NETWORKS = ("resnet18", "resnet34", "resnet50")
-ATTACKS = ("badnet", "wanet", "reflection")
+ATTACKS = ("badnet", "wanet", "reflection", "blended")
 
 
 class InputError(ValueError):

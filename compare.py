@@ -2,9 +2,9 @@
 
     python compare.py            # runs what has no record yet, then writes the table
 
-A cell is a run of unit.py or defend.py at its published constants, and its record in results/. What has a record for these
-very weights is not run again; a cell that fails is reported and left out. Writes results/compare.json, results/compare.png
-and the table in README.md.
+A cell is a run of unit.py or defend.py at its published constants, and its record in results/. What has a record for
+these very weights is not run again; a cell that fails is reported and left out. Writes results/compare.json,
+results/compare.png and the table in README.md.
 """
 
 import argparse
@@ -61,7 +61,7 @@ def usual_settings(defense, attack, dataset, network):
 
 
 def find(records, defense, victim_sum, settings):
-    """Return {seed: record} of whole runs of `defense` with these settings on these weights; the newest of each seed."""
+    """Return {seed: record} of whole runs of `defense` on these weights at these settings, the newest of each seed."""
     found = {}
     for r in records:
         same = r["defense"] == defense and r["victim"]["sha256"] == victim_sum and not r.get("interrupted")
@@ -159,7 +159,8 @@ def main(argv=None):
                 rows.append(summarise(attack, defense, found))
         # what was trained on the poisoned images themselves has no victim to start from
         for r in load_records(args.results, "dbd").values():
-            if r["settings"]["attack"] == attack and r["settings"]["dataset"] == args.dataset:
+            wanted = {"attack": attack, "dataset": args.dataset, "network": args.network, "width": 1.0}
+            if all(r["settings"][k] == v for k, v in wanted.items()):
                 rows.append(summarise(attack, "dbd", {0: r}))
     if not rows:
         raise InputError("there is nothing to show; train a victim first: python train.py --attack badnet")

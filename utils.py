@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 import cifar10
 import models
-from cli import DATASETS, ROOT, InputError
+from cli import ATTACKS, DATASETS, ROOT, InputError
 
 CKPT = ROOT / "ckpt"
 FORMAT = 1  # of our checkpoints
@@ -156,10 +156,11 @@ def to_float(images):
     return x if images.is_floating_point() else x / 255
 
 
-def augment(images, generator, padding=4):
-    """Random crop after zero padding and random horizontal flip, per image, on the batch.
+def augment(images, generator, padding=4, mode="constant"):
+    """Random crop after padding and random horizontal flip, per image, on the batch.
 
-    images: float (N, C, H, W) in [0, 1]; generator: on the CPU, so that every device draws alike.
+    images: float (N, C, H, W) in [0, 1]; generator: on the CPU, so that every device draws alike; mode: of the padding,
+    "constant" for zeros or "reflect".
     Returns the same shape, laid out channels last.
     """
     n, _, h, w = images.shape
@@ -170,7 +171,7 @@ def augment(images, generator, padding=4):
     rows = top + torch.arange(h)
     cols = left + torch.arange(w)
     cols = torch.where(flip, cols.flip(1), cols)
-    padded = F.pad(images, (padding,) * 4).permute(0, 2, 3, 1)
+    padded = F.pad(images, (padding,) * 4, mode=mode).permute(0, 2, 3, 1)
     which = torch.arange(n, device=device)[:, None, None]
     return padded[which, rows.to(device)[:, :, None], cols.to(device)[:, None]].permute(0, 3, 1, 2)
 
@@ -315,7 +316,7 @@ def load_checkpoint(path):
 
 
 def _how_to_make(path):
-    for attack in ("none", "badnet", "wanet", "reflection"):
+    for attack in ("none", *ATTACKS):
         for network in models.NETWORKS:
             if path.resolve() == checkpoint_path("cifar10", network, attack):
                 return f"make it with: python train.py --network {network} --attack {attack}"

@@ -1,0 +1,124 @@
+"""SimCLR (Chen et al., ICML 2020): two views of each image are drawn, and have to be found again among all others.
+
+Everything works on the batch, on the images' device, with a decision of its own for each image.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+GREY = (0.299, 0.587, 0.114)  # weights of red, green, blue
+
+
+class Projection(nn.Module):
+    """The head that is thrown away after contrastive learning: features (N, dim) to unit vectors (N, out)."""
+
+    def __init__(self, dim, out=128):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(dim, dim), nn.BatchNorm1d(dim), nn.ReLU(), nn.Linear(dim, out))
+
+    def forward(self, x):
+        """Return unit vectors."""
+        return F.normalize(self.layers(x), dim=1)
+
+
+def nt_xent(a, b, temperature):
+    """Return (loss, bool (2N,) whether each view's nearest other view is its twin).
+
+    a, b: unit vectors (N, D), the two views of N images. Each of the 2N views has to tell its twin from the 2N - 2
+    others: cross-entropy over the similarities divided by the temperature, mean over all views.
+    """
+    z = torch.cat((a, b))
+    similarity = z @ z.T / temperature
+    similarity.fill_diagonal_(-math.inf)
+    twin = torch.arange(len(z), device=z.device).roll(len(a))
+    return F.cross_entropy(similarity, twin), similarity.detach().argmax(1) == twin
+
+
+def view(x, generator):
+    """Return a random view of each image; (N, 3, H, W) in [0, 1] to the same.
+
+    A crop of 0.2 to 1 of the area, scaled back; a flip in half of them; colour jitter of 0.4, 0.4, 0.4, 0.1 in 80 %,
+    grey in 20 %, a blur in half of them. generator: on the CPU.
+    """
+    n = len(x)
+
+    def draw(low, high):
+        return (torch.rand(n, generator=generator) * (high - low) + low).to(x.device)
+
+    def chance(p):
+        return (torch.rand(n, generator=generator) < p).to(x.device)[:, None, None, None]
+
+    x = crop_and_flip(
+        x, draw(0.2, 1), draw(math.log(3 / 4), math.log(4 / 3)).exp(), draw(-1, 1), draw(-1, 1), draw(0, 1)
+    )
+    jittered = x
+    factors = [draw(0.6, 1.4) for _ in range(3)] + [draw(-0.1, 0.1)]
+    for i in torch.randperm(4, generator=generator).tolist():
+        jittered = (brightness, contrast, saturation, hue)[i](jittered, factors[i][:, None, None, None])
+    x = torch.where(chance(0.8), jittered, x)
+    x = torch.where(chance(0.2), grey(x).expand_as(x), x)
+    return torch.where(chance(0.5), blur(x, draw(0.1, 2)[:, None, None, None]), x)
+
+
+def crop_and_flip(x, area, ratio, right, down, flip):
+    """Cut a box of a share `area` of the image and width / height = `ratio`, and scale it back to (H, W).
+
+    right, down: (N,) in [-1, 1], where the box lies in the room that it has; flip: (N,), under 0.5 mirrors it.
+    """
+    w, h = (area * ratio).sqrt().clamp_max(1), (area / ratio).sqrt().clamp_max(1)
+    theta = x.new_zeros(len(x), 2, 3)
+    theta[:, 0, 0] = torch.where(flip < 0.5, -w, w)
+    theta[:, 1, 1] = h
+    theta[:, 0, 2], theta[:, 1, 2] = right * (1 - w), down * (1 - h)
+    grid = F.affine_grid(theta, list(x.shape), align_corners=False)
+    return F.grid_sample(x, grid, mode="bilinear", padding_mode="border", align_corners=False)
+
+
+def grey(x):
+    """Return the luminance (N, 1, H, W)."""
+    return (x * x.new_tensor(GREY)[:, None, None]).sum(1, keepdim=True)
+
+
+def brightness(x, factor):
+    """Multiply; factor: (N, 1, 1, 1)."""
+    return (x * factor).clamp(0, 1)
+
+
+def contrast(x, factor):
+    """Move each pixel away from the mean luminance of its image, or towards it; factor: (N, 1, 1, 1)."""
+    middle = grey(x).mean((2, 3), keepdim=True)
+    return (middle + (x - middle) * factor).clamp(0, 1)
+
+
+def saturation(x, factor):
+    """Move each pixel away from its own luminance, or towards it; factor: (N, 1, 1, 1)."""
+    own = grey(x)
+    return (own + (x - own) * factor).clamp(0, 1)
+
+
+def hue(x, turn):
+    """Turn the hue by a share of the full circle; turn: (N, 1, 1, 1)."""
+    value, low = x.amax(1, keepdim=True), x.amin(1, keepdim=True)
+    spread = value - low
+    some = torch.where(spread > 0, spread, torch.ones_like(spread))
+    r, g, b = (((value - c) / some) for c in x.split(1, 1))
+    sixths = torch.where(x[:, :1] == value, b - g, torch.where(x[:, 1:2] == value, 2 + r - b, 4 + g - r))
+    angle = torch.where(spread > 0, sixths, torch.zeros_like(sixths)) + 6 * turn
+    # each channel as a function of the angle: full, falling, none, rising
+    parts = []
+    for start in (5, 3, 1):
+        k = (start + angle) % 6
+        parts.append(value - spread * torch.minimum(k, 4 - k).clamp(0, 1))
+    return torch.cat(parts, 1)
+
+
+def blur(x, sigma):
+    """Blur by a Gaussian on 3x3 pixels, reflected at the edge; sigma: (N, 1, 1, 1), in pixels."""
+    side = torch.exp(-0.5 / sigma.square())
+    side, middle = side / (1 + 2 * side), 1 / (1 + 2 * side)
+    x = F.pad(x, (1, 1, 1, 1), mode="reflect")
+    x = middle * x[:, :, 1:-1] + side * (x[:, :, :-2] + x[:, :, 2:])
+    return middle * x[..., 1:-1] + side * (x[..., :-2] + x[..., 2:])
