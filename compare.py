@@ -41,38 +41,24 @@ import report
 import unit
 import utils
 from defenses import DEFENSES as METHODS
-from records import PLACES, load_records
+from records import FREE, find, load_records
 
-# what says how or where a run computes, and not what
-FREE = {*PLACES, "seed", "device", "precision", "batch_size", "micro_batch", "phase"}
 # what each method's own paper reports, on its own weights: BA / ASR
 REPORTED = {("badnet", "dbd"): "92.50 / 0.88 (before: 95.13 / 100; poison 5 %, target 3)"}
 
 
-def usual_settings(defense, attack, dataset, network):
-    """Return {setting: value} of a run at the published constants, without what says how or where it computes."""
-    flags = ["--attack", attack, "--dataset", dataset, "--network", network]
+def usual_settings(args, defense, attack):
+    """Return {setting: value} of a run at the published constants, without what says how or where it computes.
+
+    args: the flags of this command.
+    """
+    flags = ["--attack", attack, "--dataset", args.dataset, "--network", args.network, "--target", str(args.target)]
     if defense == "unit":
-        args, config = unit.parser().parse_args(flags), unit.UnitConfig()
+        usual, config = unit.parser().parse_args(flags), unit.UnitConfig()
     else:
-        args = defend.parser().parse_args([*flags, "--defense", defense])
+        usual = defend.parser().parse_args([*flags, "--defense", defense])
         config = defend.NoDefence() if defense == "none" else METHODS[defense].Config()
-    return {k: v for k, v in (vars(args) | asdict(config)).items() if k not in FREE}
-
-
-def find(records, defense, victim_sum, settings):
-    """Return {seed: record} of whole runs of `defense` on these weights at these settings, the newest of each seed."""
-    found = {}
-    for r in records:
-        same = r["defense"] == defense and r["victim"]["sha256"] == victim_sum and not r.get("interrupted")
-        # as JSON has it: tuples are lists
-        if same and all(_plain(r["settings"].get(k)) == _plain(v) for k, v in settings.items()):
-            found[r["settings"]["seed"]] = r
-    return found
-
-
-def _plain(value):
-    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
+    return {k: v for k, v in (vars(usual) | asdict(config)).items() if k not in FREE}
 
 
 def run_cell(args, defense, attack, seed):
@@ -143,7 +129,7 @@ def main(argv=None):
             continue
         victim_sum = utils.sha256(victim)
         for defense in args.defenses:
-            settings = usual_settings(defense, attack, args.dataset, args.network)
+            settings = usual_settings(args, defense, attack)
             for seed in args.seeds:
                 found = find(load_records(args.results).values(), defense, victim_sum, settings)
                 if seed in found or not args.run:

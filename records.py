@@ -10,6 +10,9 @@ from cli import InputError
 
 PLACES = ("datadir", "ckpt", "out", "outdir", "results")  # flags that name places of this machine, of no use elsewhere
 
+# what says how or where a run computes, and not what
+FREE = {*PLACES, "seed", "device", "precision", "batch_size", "micro_batch", "phase"}
+
 
 def save_record(defense, args, config, victim, device, tag, **figures):
     """Write the record of a run of `defense` into args.results and return its path.
@@ -42,3 +45,18 @@ def load_records(folder, defense=None):
         except (ValueError, KeyError, TypeError):
             raise InputError(f"{path} is no record of a run; move it elsewhere") from None
     return records
+
+
+def find(records, defense, victim_sum, settings):
+    """Return {seed: record} of whole runs of `defense` on these weights at these settings, the newest of each seed."""
+    found = {}
+    for r in records:
+        same = r["defense"] == defense and r["victim"]["sha256"] == victim_sum and not r.get("interrupted")
+        # as JSON has it: tuples are lists
+        if same and all(_plain(r["settings"].get(k)) == _plain(v) for k, v in settings.items()):
+            found[r["settings"]["seed"]] = r
+    return found
+
+
+def _plain(value):
+    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
