@@ -40,7 +40,6 @@ import pictures
 import report
 import unit
 import utils
-from defenses import DEFENSES as METHODS
 from records import FREE, find, load_records
 
 # what each method's own paper reports, on its own weights: BA / ASR
@@ -57,7 +56,7 @@ def usual_settings(args, defense, attack):
         usual, config = unit.parser().parse_args(flags), unit.UnitConfig()
     else:
         usual = defend.parser().parse_args([*flags, "--defense", defense])
-        config = defend.NoDefence() if defense == "none" else METHODS[defense].Config()
+        config = defend.configure(usual)
     return {k: v for k, v in (vars(usual) | asdict(config)).items() if k not in FREE}
 
 
