@@ -12,6 +12,7 @@ ROOT = Path(__file__).resolve().parent
 
 DATASETS = ("cifar10", "cifar10_sample")
 NETWORKS = ("resnet18", "resnet34", "resnet50")
+DEFENSES = ("ft", "bcu", "ulrl")  # the relatives that start from a victim, as defenses/ has them
 ATTACKS = ("badnet", "wanet", "reflection", "blended")
 
 

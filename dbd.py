@@ -26,6 +26,7 @@ def parser():
     p.add_argument("--poison_rate", type=bounded(float, 0, 0.99), help="share poisoned (default: the attack's usual)")
     p.add_argument("--precision", default="auto", choices=("auto", "bf16", "fp32"), help="auto: bf16 where it is fast")
     p.add_argument("--resume", default=True, action=argparse.BooleanOptionalAction, help="go on after a cut-off run")
+    p.add_argument("--overwrite", action="store_true", help="train again although the result lies there already")
     p.add_argument("--out", help="where to save (default: ckpt/{dataset}_{network}_{attack}_dbd.pt)")
     p.add_argument("--results", default=str(cli.ROOT / "results"), help="folder of the JSON record")
     return p
@@ -60,6 +61,8 @@ def poisoned_set(images, labels, poison, backdoor, batch_size=1000):
     images: uint8 (N, 3, H, W); labels: int64 (N,), on any device.
     """
     images, labels = images.clone(), labels.clone()
+    if backdoor is None:
+        return images, labels
     for index in poison.indices.to(images.device).split(batch_size):
         images[index] = (backdoor(utils.to_float(images[index])) * 255).round().clamp(0, 255).to(torch.uint8)
         if poison.relabel:
@@ -92,6 +95,7 @@ def describe(now, poison):
     return now
 
 
+@utils.repeatable()
 def main(argv=None):
     """The command."""
     args = parser().parse_args(argv)
@@ -103,8 +107,11 @@ def main(argv=None):
         config = replace(config, simclr_epochs=simclr, linear_epochs=linear, mixmatch_epochs=semi)
     tag = utils.network_tag(args.network, args.width)
     out = Path(args.out or utils.CKPT / f"{args.dataset}_{tag}_{args.attack}_dbd.pt")
+    if out.exists() and not args.overwrite:
+        raise InputError(f"{out} exists; --overwrite trains it again, --out writes elsewhere")
     for place in (out, Path(args.results) / "record.json"):
         utils.check_place(place)
+    utils.reset_peak_memory(device)
     images, labels = (t.to(device) for t in utils.load_dataset(args.dataset, args.datadir, train=True))
     test = tuple(t.to(device) for t in utils.load_dataset(args.dataset, args.datadir, train=False))
     try:
@@ -161,9 +168,9 @@ def main(argv=None):
         {**about, **after._asdict(), "trigger": trigger, "bounds": None, "state_dict": state, "defence": defence}, out
     )
     figures = {"after": after._asdict(), "seconds": seconds, "peak_GiB": utils.peak_memory(device), "history": history}
-    figures |= {"data": len(images), "labels": True}
-    record = save_record("dbd", args, config, {"file": out.name, "sha256": utils.sha256(out)}, device, tag, **figures)
+    figures |= {"data": 0, "poisoned": len(images), "labels": True, "precision": str(dtype).removeprefix("torch.")}
     partial_path.unlink(missing_ok=True)
+    record = save_record("dbd", args, config, {"file": out.name, "sha256": utils.sha256(out)}, device, tag, **figures)
     print(f"{after}\nwrote {out} and {record} after {seconds:.0f} s of training")
 
 

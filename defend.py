@@ -9,13 +9,11 @@ nothing is changed, the victim is measured. Each runs with its published constan
 import cli
 from cli import InputError, bounded
 
-NAMES = ("none", "ft", "bcu", "ulrl")
-
 
 def parser():
     """Return the command's parser."""
     p = cli.parser("defend.py", "repair a victim by another defence than UNIT", attacks=("none", *cli.ATTACKS))
-    p.add_argument("--defense", required=True, choices=NAMES, help="which one")
+    p.add_argument("--defense", required=True, choices=("none", *cli.DEFENSES), help="which one")
     p.add_argument(
         "--data_rate", type=bounded(float, 0, 1, low_open=True),
         help="share of the training set that is clean data (default: the method's own; all of cifar10_sample)",
@@ -59,6 +57,8 @@ class NoDefence:
 def configure(args):
     """Return the constants of the method that the flags mean. Raises InputError for a flag it has no use for."""
     if args.defense == "none":
+        if args.epochs or args.data_rate or args.ood:
+            raise InputError("without a defense --epochs, --data_rate and --ood are of no use; leave them out")
         return NoDefence()
     config = DEFENSES[args.defense].Config()
     changes = {"data_rate": args.data_rate or (1.0 if args.dataset == "cifar10_sample" else config.data_rate)}
@@ -100,21 +100,29 @@ def repair(args, model, config, dtype, device):
     return repaired, len(images), seconds
 
 
+@utils.repeatable()
 def main(argv=None):
     """The command."""
     args = parser().parse_args(argv)
     config = configure(args)
     device = utils.get_device(args.device)
     dtype = utils.get_dtype(args.precision, device)
+    utils.reset_peak_memory(device)
     path, model, checkpoint, backdoor, target = load_victim(args, device)
     if checkpoint["bounds"] is not None or checkpoint.get("defence"):
         raise InputError(f"{path} is a defended model; give --ckpt the victim")
+    tag = utils.network_tag(checkpoint["network"], checkpoint["width"])
+    out = Path(args.out or utils.CKPT / f"{args.dataset}_{tag}_{args.attack}_{args.defense}.pt")
+    if out.resolve() == path.resolve():
+        raise InputError(f"--out is the victim {path} itself; give another place")
+    for place in (out, Path(args.results) / "record.json"):
+        utils.check_place(place)
+    victim = {"file": path.name, "sha256": utils.sha256(path)}
     test = tuple(t.to(device) for t in utils.load_dataset(args.dataset, args.datadir, train=False))
     before = evaluate(model, *test, backdoor, target, args.batch_size, dtype)
     print(f"before  {before}", flush=True)
     figures = {"data": 0, "labels": False, "seconds": 0.0, "before": before._asdict(), "after": before._asdict()}
 
-    tag = utils.network_tag(checkpoint["network"], checkpoint["width"])
     if args.defense != "none":
         repaired, n, seconds = repair(args, model, config, dtype, device)
         # measured as it is saved: with weights in half precision
@@ -122,14 +130,14 @@ def main(argv=None):
         repaired.model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in state.items()})
         after = evaluate(repaired.model, *test, backdoor, target, args.batch_size, dtype)
         print(f"after   {after}\n{seconds:.1f} s")
-        out = Path(args.out or utils.CKPT / f"{args.dataset}_{tag}_{args.attack}_{args.defense}.pt")
         defence = {"name": args.defense, **asdict(config), "findings": repaired.findings}
         utils.save_checkpoint({**checkpoint, **after._asdict(), "state_dict": state, "defence": defence}, out)
         print(f"wrote {out}")
         figures |= {"data": n, "labels": config.uses_labels, "seconds": seconds, "after": after._asdict()}
         figures |= {"history": repaired.history, "findings": repaired.findings}
-    figures["peak_GiB"] = utils.peak_memory(device)
-    print(f"wrote {save_record(args.defense, args, config, path, args.results, tag, **figures)}")
+    figures |= {"peak_GiB": utils.peak_memory(device), "precision": str(dtype).removeprefix("torch.")}
+    args.ood = args.ood and Path(args.ood).name  # the record names no place of this machine
+    print(f"wrote {save_record(args.defense, args, config, victim, device, tag, **figures)}")
 
 
 if __name__ == "__main__":

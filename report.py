@@ -36,10 +36,10 @@ def victims(folder):
     """Return the table of the victims in `folder`: what they are, their figures, what made them."""
     rows = []
     for path in sorted(folder.glob("*.pt")):
-        if path.stem.endswith((".partial", "_unit")):
+        if path.stem.endswith(".partial"):
             continue
         c = utils.load_checkpoint(path)
-        if "poison_rate" not in c:  # a checkpoint from elsewhere, of which nothing is known
+        if c.get("defence") or "poison_rate" not in c:  # no victim, or one from elsewhere, of which nothing is known
             continue
         kind = "clean" if c["attack"] == "none" else "clean-label" if c["clean_label"] else "dirty-label"
         rows.append([

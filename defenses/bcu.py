@@ -50,7 +50,7 @@ def partly_fresh(model, p, seed):
     student = copy_of(model).cpu()  # drawn on the CPU, so that every device draws alike
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed + 1)
+        torch.default_generator.manual_seed(seed + 1)  # the CPU's alone
         for name, layer in student.named_modules():
             if not isinstance(layer, (nn.Conv2d, nn.Linear)):
                 continue

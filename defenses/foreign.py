@@ -1,6 +1,7 @@
 """Images of another data set, for a defence that needs no labels."""
 
 import gzip
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +33,7 @@ def load_images(path, n, size=32, seed=0):
             array = np.frombuffer(content, np.uint8, offset=16).reshape(shape)
         if array.dtype != np.uint8 or array.ndim not in (3, 4) or array.shape[3:] not in ((), (3,)):
             raise ValueError(f"{array.dtype} of shape {array.shape}")
-    except (OSError, EOFError, ValueError) as error:
+    except (OSError, EOFError, ValueError, AttributeError, zlib.error) as error:
         raise InputError(f"{path}: {error}; give a .npy with uint8 (N, H, W[, 3]) or an IDX file") from None
     if len(array) < n:
         raise InputError(f"{path} holds {len(array)} images, {n} are needed; lower --data_rate")

@@ -1,6 +1,7 @@
 """SimCLR (Chen et al., ICML 2020): two views of each image are drawn, and have to be found again among all others.
 
-Everything works on the batch, on the images' device, with a decision of its own for each image.
+Everything works on the batch, on the images' device, with a decision of its own for each image; only the order of the
+colour changes is drawn per batch.
 """
 
 import math
@@ -60,7 +61,7 @@ def view(x, generator):
         jittered = (brightness, contrast, saturation, hue)[i](jittered, factors[i][:, None, None, None])
     x = torch.where(chance(0.8), jittered, x)
     x = torch.where(chance(0.2), grey(x).expand_as(x), x)
-    return torch.where(chance(0.5), blur(x, draw(0.1, 2)[:, None, None, None]), x)
+    return torch.where(chance(0.5), blur(x, draw(0.1, 2)[:, None, None, None]), x).clamp(0, 1)
 
 
 def crop_and_flip(x, area, ratio, right, down, flip):

@@ -73,9 +73,11 @@ def suspicious_rows(change, config=Config()):  # noqa: B008 (frozen)
     """Return (rows whose change stands out upwards, robust z-scores): list of int, at most two; list of float.
 
     change: (classes,), sum of |weight change| over each row. z = |c - median| / (1.4826 MAD); where MAD is 0 there is
-    no scale to stand out from: all z are 0 and no row is suspicious.
+    no scale to stand out from: all z are 0 and no row is suspicious. Raises ValueError for a change that is no number.
     """
-    change = change.double().cpu()
+    change = change.cpu().double()
+    if not change.isfinite().all():
+        raise ValueError("unlearning ended in weights that are no numbers; lower unlearn_lr")
     middle = change.quantile(0.5)  # of an even number the mean of the two in the middle
     distance = (change - middle).abs()
     spread = config.mad_scale * distance.quantile(0.5)

@@ -1,6 +1,7 @@
 """DBD: each part against its definition, and the three stages on small networks."""
 
 import colorsys
+import copy
 import itertools
 import json
 import math
@@ -84,7 +85,7 @@ def test_a_crop_shows_its_box():
     one = torch.ones(1)
     corner = simclr.crop_and_flip(x, one / 4, one, -one, -one, one)
     assert (corner[:, :, :-1, :-1] > 0.99).all()
-    assert simclr.crop_and_flip(x, one / 4, one, one, one, one).max() < 1e-6
+    assert simclr.crop_and_flip(x, one / 4, one, one, one, one)[:, :, 1:, 1:].max() < 1e-6
 
 
 def test_jitter_by_nothing_changes_nothing(images):
@@ -231,11 +232,23 @@ def test_the_linear_stage_moves_the_linear_layer_alone(tiny, poisoned):
     assert moved == {"linear.weight", "linear.bias"}
 
 
-def test_the_semi_stage_trains_on_half_and_half(tiny, poisoned):
+def test_the_semi_stage_trains_on_half_and_half(tiny, poisoned, monkeypatch):
+    before = copy.deepcopy(tiny)
+    losses = dbd.sample_losses(tiny, *poisoned[:2], dbd.Config(), torch.float32)
     stage = dbd.Semi(tiny, dbd.Config(mixmatch_steps=4, mixmatch_epochs=2), seed=0)
     now = stage.train_epoch(*poisoned[:2], 0, torch.float32, silent)
     assert len(now["trusted"]) == 250
     assert math.isfinite(now["loss"])
+    assert not torch.equal(tiny.linear.weight, before.linear.weight)
+    # the labels of the other half are not looked at
+    labels = poisoned[1].clone()
+    others = torch.ones(500, dtype=torch.bool)
+    others[now["trusted"]] = False
+    again = dbd.Semi(before, dbd.Config(mixmatch_steps=4, mixmatch_epochs=2), seed=0)
+    monkeypatch.setattr(dbd, "sample_losses", lambda *args: losses)
+    labels[others] = (labels[others] + 1) % 10
+    again.train_epoch(poisoned[0], labels, 0, torch.float32, silent)
+    assert torch.equal(tiny.linear.weight, before.linear.weight)
 
 
 # --- the command -----------------------------------------------------------------------------------------------------
@@ -257,8 +270,8 @@ def _with_three_steps(init):
     return short_init
 
 
-def run(folder):
-    command.main([*RUN, "--out", str(folder / "d.pt"), "--results", str(folder / "results")])
+def run(folder, *flags):
+    command.main([*RUN, "--out", str(folder / "d.pt"), "--results", str(folder / "results"), *flags])
 
 
 def test_a_run_that_was_cut_off_goes_on_with_the_same_bits(short, tmp_path, monkeypatch, capsys):
@@ -269,18 +282,18 @@ def test_a_run_that_was_cut_off_goes_on_with_the_same_bits(short, tmp_path, monk
     def save_and_stop(checkpoint, path):
         save(checkpoint, path)
         saved.append(path)
-        if len(saved) in (1, 3, 6, 8):  # within and at the end of a stage
+        if len(saved) in (1, 2, 3, 6, 7):  # within a stage, at the end of one, after all is done
             raise KeyboardInterrupt
 
     monkeypatch.setattr(utils, "save_checkpoint", save_and_stop)
-    for _ in range(5):
+    for _ in range(6):
         try:
-            run(cut)
+            run(cut, "--overwrite")
         except KeyboardInterrupt:
             continue
         break
     out = capsys.readouterr().out
-    assert out.count("going on after epoch") == 4
+    assert out.count("going on after epoch") == 5
     a, b = (utils.load_checkpoint(p / "d.pt") for p in (whole, cut))
     assert all(torch.equal(a["state_dict"][k], b["state_dict"][k]) for k in a["state_dict"])
     assert (a["BA"], a["ASR"]) == (b["BA"], b["ASR"])
@@ -299,6 +312,20 @@ def test_what_it_saves_is_measured_and_recorded(short, tmp_path):
     assert len(saved["poison_indices"]) == 50
     model, _ = utils.load_model(tmp_path / "d.pt")
     assert model(torch.rand(2, 3, 32, 32)).shape == (2, 10)
+
+
+def test_a_finished_run_is_not_overwritten(tmp_path):
+    (tmp_path / "d.pt").write_bytes(b"mine")
+    with pytest.raises(InputError, match="--overwrite"):
+        run(tmp_path)
+    assert (tmp_path / "d.pt").read_bytes() == b"mine"
+
+
+def test_without_an_attack_nothing_is_poisoned(short, tmp_path):
+    run(tmp_path, "--attack", "none")
+    saved = utils.load_checkpoint(tmp_path / "d.pt")
+    assert saved["ASR"] is None
+    assert saved["poison_rate"] == 0
 
 
 def test_a_cut_off_run_with_other_settings_is_not_taken(short, tmp_path):
