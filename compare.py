@@ -3,8 +3,8 @@
     python compare.py            # runs what has no record yet, then writes the table
 
 A cell is a run of unit.py or defend.py at its published constants, and its record in results/. What has a record for
-these very weights is not run again; a cell that fails is reported and left out. Writes results/compare.json,
-results/compare.png and the table in README.md.
+these very weights is not run again; a cell that fails is reported and left out. The flags choose what is run; the table
+holds whatever has a record. Writes results/compare.json, results/compare.png and the table in README.md.
 """
 
 import argparse
@@ -12,15 +12,16 @@ import argparse
 import cli
 from cli import InputError, bounded
 
-DEFENSES = ("none", "ft", "bcu", "ulrl", "unit")
+COLUMNS = ("none", *cli.DEFENSES, "unit")
 
 
 def parser():
     """Return the command's parser."""
     p = cli.parser("compare.py", "fill the table of defences", attacks=("none", *cli.ATTACKS))
     p.set_defaults(attack=None)
-    p.add_argument("--defenses", nargs="+", default=DEFENSES, choices=DEFENSES, help="the columns")
-    p.add_argument("--seeds", nargs="+", default=[1024], type=bounded(int, 0, 2**32 - 1), help="a run each; their mean")
+    p.add_argument("--defenses", nargs="+", default=COLUMNS, choices=COLUMNS, help="which to run")
+    p.add_argument("--seeds", nargs="+", default=[1024], type=bounded(int, 0, 2**32 - 1), help="a run each")
+    p.add_argument("--draw", default="first", choices=("first", "random"), help="which images of each class; by seed")
     p.add_argument("--run", default=True, action=argparse.BooleanOptionalAction, help="run what has no record yet")
     p.add_argument("--results", default=str(cli.ROOT / "results"), help="folder of the records")
     p.add_argument("--page", default=str(cli.ROOT / "README.md"), help="file that holds the table")
@@ -42,8 +43,11 @@ import unit
 import utils
 from records import FREE, find, load_records
 
-# what each method's own paper reports, on its own weights: BA / ASR
-REPORTED = {("badnet", "dbd"): "92.50 / 0.88 (before: 95.13 / 100; poison 5 %, target 3)"}
+# what a method's own paper reports, on its own weights: BA / ASR in %
+REPORTED = {
+    ("badnet", "dbd"): "92.50 / 0.88 (before: 95.13 / 100; poison 5 %, target 3)",
+    ("blended", "dbd"): "92.60 / 0.31 (before: 94.26 / 98.15; poison 5 %, target 3)",
+}
 
 
 def usual_settings(args, defense, attack):
@@ -52,6 +56,7 @@ def usual_settings(args, defense, attack):
     args: the flags of this command.
     """
     flags = ["--attack", attack, "--dataset", args.dataset, "--network", args.network, "--target", str(args.target)]
+    flags += ["--draw", args.draw]
     if defense == "unit":
         usual, config = unit.parser().parse_args(flags), unit.UnitConfig()
     else:
@@ -64,25 +69,56 @@ def run_cell(args, defense, attack, seed):
     """Run one cell in a process of its own; return what went wrong in a line, or None."""
     script = ["unit.py"] if defense == "unit" else ["defend.py", "--defense", defense]
     flags = {"attack": attack, "seed": seed}
-    flags |= {
-        k: getattr(args, k) for k in ("datadir", "dataset", "network", "batch_size", "target", "device", "results")
-    }
+    same = ("datadir", "dataset", "network", "batch_size", "target", "device", "draw", "results")
+    flags |= {k: getattr(args, k) for k in same}
     command = [sys.executable, str(cli.ROOT / script[0]), *script[1:]]
     command += [text for k, v in flags.items() for text in (f"--{k}", str(v))]
     if defense == "unit":
         command += ["--outdir", args.results]
-    done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
-    if done.returncode in (-2, 130):
-        raise KeyboardInterrupt
-    if done.returncode == 0:
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    try:
+        _, error = process.communicate()
+    except KeyboardInterrupt:  # the cell got it too, and saves what it has
+        process.communicate()
+        raise
+    if process.returncode == 0:
         return None
-    lines = [line for line in done.stderr.splitlines() if line.strip()]
-    return f"exit status {done.returncode}: {lines[-1] if lines else 'no word'}"
+    lines = [line for line in error.splitlines() if line.strip()]
+    return f"exit status {process.returncode}: {lines[-1] if lines else 'no word'}"
 
 
-def summarise(attack, defense, found):
-    """Return one row of the table as plain values: means over the seeds found."""
-    runs = list(found.values())
+def victims(args):
+    """Yield (attack, sum of its victim's file) of the victims that are there."""
+    for attack in ("none", *cli.ATTACKS):
+        victim = utils.checkpoint_path("cifar10", args.network, attack)
+        if victim.exists():
+            yield attack, utils.sha256(victim)
+
+
+def fill(args):
+    """Run the cells that the flags choose and that have no record; return what went wrong, a line each."""
+    failed = []
+    for attack, victim_sum in victims(args):
+        if args.attack not in (None, attack):
+            continue
+        for defense in args.defenses:
+            settings = usual_settings(args, defense, attack)
+            for seed in args.seeds:
+                if seed in find(load_records(args.results).values(), defense, victim_sum, settings):
+                    continue
+                cell = f"{attack}, {defense}, seed {seed}"
+                print(f"--- {cell}", flush=True)
+                error = run_cell(args, defense, attack, seed)
+                if not error and seed not in find(load_records(args.results).values(), defense, victim_sum, settings):
+                    error = "it left no record that belongs here"
+                if error:
+                    failed.append(f"{cell}: {error}")
+                    print(failed[-1], file=sys.stderr)
+    return failed
+
+
+def summarise(attack, defense, runs, **about):
+    """Return one row of the table as plain values: means over the runs."""
 
     def mean(of):
         values = [of(r) for r in runs]
@@ -95,13 +131,36 @@ def summarise(attack, defense, found):
         "BA": mean(lambda r: r["after"]["BA"]),
         "ASR": mean(lambda r: r["after"]["ASR"]),
         "seconds": mean(lambda r: r["seconds"]),
-        "peak_GiB": mean(lambda r: r["peak_GiB"]),
-        "data": one["data"] if "data" in one else one["n_train"] + one["n_valid"],
+        "peak_GiB": mean(lambda r: r.get("peak_GiB")),
+        "clean_images": one["data"] if "data" in one else one["n_train"] + one["n_valid"],
         "labels": one.get("labels", True),
         "n": len(runs),
         "machine": one["machine"]["device"],
         "reported": REPORTED.get((attack, defense)),
+        **about,
     }
+
+
+def rows_of(args):
+    """Return the rows of the table: every victim and defence that has a record, then the runs of DBD."""
+    records, rows = load_records(args.results), []
+    for attack, victim_sum in victims(args):
+        for defense in COLUMNS:
+            found = find(records.values(), defense, victim_sum, usual_settings(args, defense, attack))
+            if found:
+                rows.append(summarise(attack, defense, list(found.values())))
+    # DBD has no victim: it trains on the poisoned images itself; runs that differ in their settings are rows apart
+    alike = {}
+    for r in records.values():
+        s = r["settings"]
+        if r["defense"] == "dbd" and s["dataset"] == args.dataset and s["network"] == args.network:
+            epochs = "+".join(str(s[f"{stage}_epochs"]) for stage in ("simclr", "linear", "mixmatch"))
+            rate = "usual" if s["poison_rate"] is None else f"{100 * s['poison_rate']:g} %"
+            note = f"width {s['width']:g}, {epochs} epochs, poison rate {rate}, target {s['target']}"
+            alike.setdefault((s["attack"], note), {})[s["seed"]] = r
+    for (attack, note), found in alike.items():
+        rows.append(summarise(attack, "dbd", list(found.values()), note=note))
+    return rows
 
 
 def table(rows):
@@ -109,9 +168,9 @@ def table(rows):
     lines = []
     for r in rows:
         lines.append([
-            r["attack"], r["defense"], report.percent(r["BA"]), report.percent(r["ASR"]), f"{r['seconds']:.0f}",
-            "–" if r["peak_GiB"] is None else f"{r['peak_GiB']:.2f}", f"{r['data']:,}", "yes" if r["labels"] else "no",
-            r["n"], r["machine"], r["reported"] or "–",
+            r["attack"], f"{r['defense']} ({r['note']})" if "note" in r else r["defense"], report.percent(r["BA"]),
+            report.percent(r["ASR"]), f"{r['seconds']:.0f}", "–" if r["peak_GiB"] is None else f"{r['peak_GiB']:.2f}",
+            f"{r['clean_images']:,}", "yes" if r["labels"] else "no", r["n"], r["machine"], r["reported"] or "–",
         ])  # fmt: skip
     header = ["victim", "defence", "BA %", "ASR %", "seconds", "peak GiB", "clean images", "labels", "n", "machine"]
     return report.markdown([*header, "its own paper, on its own weights"], lines)
@@ -120,40 +179,17 @@ def table(rows):
 def main(argv=None):
     """The command."""
     args = parser().parse_args(argv)
-    rows, failed = [], []
-    for attack in [args.attack] if args.attack else ["none", *cli.ATTACKS]:
-        victim = utils.checkpoint_path("cifar10", args.network, attack)
-        if not victim.exists():
-            print(f"no victim {victim.name}, so no row for {attack}")
-            continue
-        victim_sum = utils.sha256(victim)
-        for defense in args.defenses:
-            settings = usual_settings(args, defense, attack)
-            for seed in args.seeds:
-                found = find(load_records(args.results).values(), defense, victim_sum, settings)
-                if seed in found or not args.run:
-                    continue
-                print(f"--- {attack}, {defense}, seed {seed}", flush=True)
-                error = run_cell(args, defense, attack, seed)
-                if error:
-                    failed.append(f"{attack}, {defense}, seed {seed}: {error}")
-                    print(failed[-1], file=sys.stderr)
-            found = find(load_records(args.results).values(), defense, victim_sum, settings)
-            found = {seed: found[seed] for seed in args.seeds if seed in found}
-            if found:
-                rows.append(summarise(attack, defense, found))
-        # what was trained on the poisoned images themselves has no victim to start from
-        for r in load_records(args.results, "dbd").values():
-            wanted = {"attack": attack, "dataset": args.dataset, "network": args.network, "width": 1.0}
-            if all(r["settings"][k] == v for k, v in wanted.items()):
-                rows.append(summarise(attack, "dbd", {0: r}))
+    report.check_mark(Path(args.page), "compare.py")
+    failed = fill(args) if args.run else []
+    rows = rows_of(args)
     if not rows:
         raise InputError("there is nothing to show; train a victim first: python train.py --attack badnet")
+    print(table(rows))
     utils.save_json(rows, Path(args.results) / "compare.json")
     pictures.draw_compared(rows, Path(args.results) / "compare.png")
     report.put(Path(args.page), table(rows), "compare.py")
-    print(table(rows))
     if failed:
+        print("\n".join(["failed:", *failed]), file=sys.stderr)
         sys.exit(1)
 
 

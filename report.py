@@ -53,10 +53,11 @@ def victims(folder):
 
 
 def runs(folder):
-    """Return the table of the records of unit.py in `folder`, whole runs only."""
+    """Return the table of the records of unit.py in `folder`: whole runs at the authors' constants, of any length."""
     rows = []
+    usual = {"lr": 1e-3, "acc_degrade": 0.03, "data_rate": None, "draw": "first"}
     for path, r in load_records(folder, "unit").items():
-        if r["interrupted"]:
+        if r["interrupted"] or any(r["settings"].get(k) != v for k, v in usual.items()):
             continue
         s, m = r["settings"], r["machine"]
         rows.append([
@@ -71,11 +72,21 @@ def runs(folder):
     return markdown([*header, "seconds", "peak GiB", "machine", "record"], rows)
 
 
-def put(path, table, script="report.py"):
-    """Replace what stands between the marks of `script` in the file `path`. Raises InputError when it has none."""
-    text, begin = path.read_text(), BEGIN.format(script)
+def check_mark(path, script):
+    """Return (text, first mark) of the file `path`. Raises InputError unless it has the marks of `script`, once."""
+    begin = BEGIN.format(script)
+    try:
+        text = path.read_text()
+    except OSError as error:
+        raise cli.InputError(f"cannot read {path}: {error.strerror}; name the page that holds the table") from None
     if text.count(begin) != 1 or END not in text.partition(begin)[2]:
         raise cli.InputError(f"{path} has no place for the table; put the lines {begin} and {END} into it")
+    return text, begin
+
+
+def put(path, table, script="report.py"):
+    """Replace what stands between the marks of `script` in the file `path`. Raises InputError when it has none."""
+    text, begin = check_mark(path, script)
     before, _, rest = text.partition(begin)
     new = f"{before}{begin}\n{table}\n{END}{rest.partition(END)[2]}"
     utils.write_whole(path, lambda p: p.write_text(new))

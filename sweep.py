@@ -19,6 +19,7 @@ def parser():
     p.add_argument("--acc_degrade", nargs="*", default=ACC_DEGRADE, type=bounded(float, 0, 1), help="values to run")
     p.add_argument("--data_rate", nargs="*", default=DATA_RATE, type=bounded(float, 0, 1, True), help="values to run")
     p.add_argument("--seeds", nargs="+", default=[1024], type=bounded(int, 0, 2**32 - 1), help="a run each; their mean")
+    p.add_argument("--draw", default="first", choices=("first", "random"), help="which images of each class; by seed")
     p.add_argument("--ckpt", help="victim (default: the one of --network and --attack)")
     p.add_argument("--results", default=str(cli.ROOT / "results"), help="folder of the records, table and picture")
     return p
@@ -43,8 +44,9 @@ DEFAULTS = {"acc_degrade": 0.03, "data_rate": 0.05}
 def cell(args, victim, flag, value, seed, folder):
     """Return the record of one run, found or made; `folder` takes what else the run writes."""
     flags = ["--attack", args.attack, "--dataset", args.dataset, "--network", args.network]
-    flags += ["--target", str(args.target)]
-    if value != DEFAULTS[flag]:
+    flags += ["--target", str(args.target), "--draw", args.draw]
+    # left out where it is the default, so that the plain run is one of the cells
+    if value != DEFAULTS[flag] or (flag == "data_rate" and args.dataset != "cifar10"):
         flags += [f"--{flag}", str(value)]
     usual = vars(unit.parser().parse_args(flags))
     # the record has what the flags left open as the constants have it
@@ -65,6 +67,10 @@ def cell(args, victim, flag, value, seed, folder):
 def main(argv=None):
     """The command."""
     args = parser().parse_args(argv)
+    if args.dataset != "cifar10" and args.data_rate == DATA_RATE:
+        args.data_rate = ()  # shares of the full set, of which the sample is one hundredth
+    if not args.acc_degrade and not args.data_rate:
+        raise InputError("there is nothing to run; give --acc_degrade or --data_rate a value")
     victim = utils.victim_path(args)
     tag = f"{victim.stem} on {args.dataset}"
     rows = []
