@@ -1,4 +1,4 @@
-"""compare.py and sweep.py: what has a record is not run again, what fails is said, and the tables hold what was measured."""
+"""compare.py and sweep.py: what has a record is not run again, what fails is said, tables hold what was measured."""
 
 import dataclasses
 import json
