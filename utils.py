@@ -159,8 +159,8 @@ def to_float(images):
 def augment(images, generator, padding=4):
     """Random crop after zero padding and random horizontal flip, per image, on the batch.
 
-    images: float (N, C, H, W) in [0, 1]; generator: on the CPU, so that every device draws alike.
-    Returns the same shape, laid out channels last.
+    images: (N, C, H, W), uint8 or float in [0, 1]; generator: on the CPU, so that every device draws alike.
+    Returns the same shape and type, laid out channels last.
     """
     n, _, h, w = images.shape
     device = images.device
