@@ -126,7 +126,7 @@ class AlphaSchedule:
 def tighten(model, x_train, y_train, x_valid, y_valid, config=UnitConfig(), on_step=None):  # noqa: B008 (it is frozen)
     """Learn a tight upper bound for every neuron's activation; the model itself is left as it is.
 
-    model: a network of this repo; images float (N, 3, H, W) in [0, 1] (or uint8), labels int64 (N,), on any device.
+    model: a network of this repo; images uint8 (N, 3, H, W) or float in [0, 1], labels int64 (N,), on any device.
     on_step: called after each step with (step, {"alpha", "ce", "reg", "valid_acc"}).
     Raises ValueError when the network has no activation module that could be clipped, or bounds already.
     Under torchrun the processes share the images, and all return the same result.
@@ -204,7 +204,7 @@ def tighten(model, x_train, y_train, x_valid, y_valid, config=UnitConfig(), on_s
 def initial_bounds(net, x_batches, n_sigma):
     """Return {site: mean + n_sigma * std} over all images of the unclipped activations, std with n - 1 below.
 
-    x_batches: list of float (n, 3, H, W). Their sums are kept in double precision, so that the bounds do not depend on
+    x_batches: tuple of (n, 3, H, W). Their sums are kept in double precision, so that the bounds do not depend on
     how the images are cut into batches; no activation is kept.
     """
     sums = {}
@@ -247,7 +247,7 @@ def accuracy(net, x_batches, y_batches):
 def frozen_copy(model, dtype=torch.float32):
     """Return a copy of `model` that computes the same faster: eval mode, no weight gradients, batch norm folded.
 
-    dtype: of its convolutions and its linear layer, and so of its activations and logits.
+    dtype: of its convolutions and its linear layer, and so of its activations and logits. It takes uint8 images as well.
     """
     device = next(model.parameters()).device
     net = copy.deepcopy(model).cpu().eval().requires_grad_(False)
@@ -259,6 +259,7 @@ def frozen_copy(model, dtype=torch.float32):
     for layer in net.modules():
         if isinstance(layer, (nn.Conv2d, nn.Linear)):
             layer.to(dtype).register_forward_pre_hook(lambda layer, x: x[0].to(layer.weight.dtype))
+    net.register_forward_pre_hook(lambda _net, x: utils.to_float(x[0]))
     return net.to(device, memory_format=torch.channels_last)
 
 
@@ -270,8 +271,7 @@ def usual_micro_batch(device):
 def _batches(x, y, size, device):
     rank, n_ranks = utils.ranks()
     x, y = x[rank::n_ranks], y[rank::n_ranks]
-    x = utils.to_float(x).to(device, memory_format=torch.channels_last)
-    return x.split(size), y.to(device).split(size)
+    return x.to(device).split(size), y.to(device).split(size)
 
 
 def _snapshot(sites):
@@ -282,13 +282,13 @@ def _snapshot(sites):
 
 
 def defence_data(args):
-    """Return (x_train, y_train, x_valid, y_valid), each image passed once through crop and flip, as the flags say."""
+    """Return (x_train, y_train, x_valid, y_valid), each uint8 image passed once through crop and flip, by the flags."""
     images, labels = utils.load_dataset(args.dataset, args.datadir, train=True)
     rate = args.data_rate or (1.0 if args.dataset == "cifar10_sample" else 0.05)
     drawing = torch.Generator().manual_seed(args.seed) if args.draw == "random" else None
     train, valid = utils.defence_split(labels, rate, generator=drawing)
     generator = torch.Generator().manual_seed(args.seed)
-    x_train, x_valid = (utils.augment(utils.to_float(images[i]), generator) for i in (train, valid))
+    x_train, x_valid = (utils.augment(images[i], generator) for i in (train, valid))
     return x_train, labels[train], x_valid, labels[valid]
 
 

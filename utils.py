@@ -168,9 +168,9 @@ def to_float(images):
 def augment(images, generator, padding=4, mode="constant"):
     """Random crop after padding and random horizontal flip, per image, on the batch.
 
-    images: float (N, C, H, W) in [0, 1]; generator: on the CPU, so that every device draws alike; mode: of the padding,
-    "constant" for zeros or "reflect".
-    Returns the same shape, laid out channels last.
+    images: (N, C, H, W), uint8 or float in [0, 1]; generator: on the CPU, so that every device draws alike; mode: of the
+    padding, "constant" for zeros or "reflect" (floats only).
+    Returns the same shape and type, laid out channels last.
     """
     n, _, h, w = images.shape
     device = images.device

@@ -80,7 +80,7 @@ def test_bounds_start_at_mean_plus_four_sigma(tiny, defence):
 
 
 def test_chosen_bounds_are_good_measured_and_never_negative(tiny, defence, golden):
-    config = tiny_config(golden, n_steps=30)
+    config = tiny_config(golden, n_steps=60)
     result = tighten(tiny, *defence, config)
     good = [acc >= result.initial_acc - config.acc_degrade for acc in result.history["valid_acc"]]
     regs = [r if ok else np.inf for r, ok in zip(result.history["reg"], good, strict=True)]
