@@ -29,10 +29,10 @@ def test_golden_trajectory(tiny, defence, golden, micro_batch):
     np.testing.assert_allclose(history["valid_acc"], golden["valid_acc"], atol=0.0201)  # a boundary image may flip
     recorded = [v for k, v in golden.items() if k.startswith("bound_mean.")]
     for mean, (name, ours) in zip(recorded, result.bound_mean.items(), strict=True):
-        # rounding differences grow: seen with four ways of rounding, 1.7e-4 up to the best step, 1.6e-3 at the end
+        # rounding differences grow: seen, 1.6e-4 up to the best step, 9e-4 of the mean at the end
         first = slice(int(golden["best_step"]) + 1)
         np.testing.assert_allclose(ours[first], mean[first], rtol=0, atol=3e-4, err_msg=name)
-        np.testing.assert_allclose(ours, mean, rtol=1e-3, atol=1e-3, err_msg=name)
+        np.testing.assert_allclose(ours, mean, rtol=1e-3, err_msg=name)
     assert result.best_step == golden["best_step"]
     # the bounds that were measured: those after the chosen step's update
     for name, bound in result.bounds.items():

@@ -71,7 +71,7 @@ def main():
         axis.plot(images, [r[i] for r in rows], "o-")
         axis.set_xlabel("defence images")
         axis.set_title(name)
-        axis.set_ylim(bottom=0)
+        axis.set_ylim(0, 1.1 * max(r[i] for r in rows))
     fig.savefig(Path("growth.png"), dpi=110)
 
 
