@@ -1,18 +1,19 @@
-"""Writes the tables of figures: the victims in ckpt/README.md, the runs of unit.py in README.md.
+"""Writes the tables of figures: the victims in ckpt/README.md; the runs of unit.py, also bf16 by fp32, in README.md.
 
     python report.py
 
 No figure in them is typed by hand: they come from the checkpoints and from results/*.json, and stand between two marks.
 """
 
+import json
 import sys
 from pathlib import Path
 
 import cli
 import utils
-from records import load_records
+from records import FREE, load_records
 
-BEGIN, END = "<!-- begin: written by report.py -->", "<!-- end -->"
+BEGIN, END = "<!-- begin: written by {} -->", "<!-- end -->"
 
 
 def percent(share):
@@ -36,10 +37,10 @@ def victims(folder):
     """Return the table of the victims in `folder`: what they are, their figures, what made them."""
     rows = []
     for path in sorted(folder.glob("*.pt")):
-        if path.stem.endswith((".partial", "_unit")):
+        if path.stem.endswith(".partial"):
             continue
         c = utils.load_checkpoint(path)
-        if "poison_rate" not in c:  # a checkpoint from elsewhere, of which nothing is known
+        if c.get("defence") or "poison_rate" not in c:  # no victim, or one from elsewhere, of which nothing is known
             continue
         kind = "clean" if c["attack"] == "none" else "clean-label" if c["clean_label"] else "dirty-label"
         rows.append([
@@ -53,10 +54,11 @@ def victims(folder):
 
 
 def runs(folder):
-    """Return the table of the records of unit.py in `folder`, whole runs only."""
+    """Return the table of the records of unit.py in `folder`: whole runs at the authors' constants, of any length."""
     rows = []
+    usual = {"lr": 1e-3, "acc_degrade": 0.03, "data_rate": None, "draw": "first"}
     for path, r in load_records(folder, "unit").items():
-        if r["interrupted"]:
+        if r["interrupted"] or any(r["settings"].get(k) != v for k, v in usual.items()):
             continue
         s, m = r["settings"], r["machine"]
         rows.append([
@@ -71,13 +73,46 @@ def runs(folder):
     return markdown([*header, "seconds", "peak GiB", "machine", "record"], rows)
 
 
-def put(path, table):
-    """Replace what stands between the marks in the file `path`. Raises InputError when the marks are not there."""
-    text = path.read_text()
-    if text.count(BEGIN) != 1 or END not in text.partition(BEGIN)[2]:
-        raise cli.InputError(f"{path} has no place for the table; put the lines {BEGIN} and {END} into it")
-    before, _, rest = text.partition(BEGIN)
-    new = f"{before}{BEGIN}\n{table}\n{END}{rest.partition(END)[2]}"
+def precisions(folder):
+    """Return the table of the runs of unit.py that differ in nothing but bf16 or fp32, and where they computed."""
+    alike = {}
+    for r in load_records(folder, "unit").values():
+        what = {k: v for k, v in r["settings"].items() if k not in FREE}
+        key = r["victim"]["sha256"], r["settings"]["seed"], json.dumps(what, sort_keys=True)
+        if not r["interrupted"]:
+            alike.setdefault(key, {})[r["settings"]["precision"]] = r
+    rows = []
+    for (_, _, what), pair in alike.items():
+        if len(pair) < 2:
+            continue
+        s, both = json.loads(what), (pair["bf16"], pair["fp32"])
+        a, b = (r["after"] for r in both)
+        apart = ["–" if a[k] is None else f"{100 * (a[k] - b[k]):+.2f}" for k in ("BA", "ASR")]
+        rows.append([
+            s["attack"], s["dataset"], s["n_steps"], *(f"{percent(m['BA'])} / {percent(m['ASR'])}" for m in (a, b)),
+            " / ".join(apart), *(r["best_step"] + 1 for r in both), *(f"{r['seconds']:.0f}" for r in both),
+        ])  # fmt: skip
+    header = ["attack", "measured on", "steps", "BA/ASR after, bf16", "fp32", "difference", "step chosen, bf16", "fp32"]
+    return markdown([*header, "seconds, bf16", "fp32"], rows)
+
+
+def check_mark(path, script):
+    """Return (text, first mark) of the file `path`. Raises InputError unless it has the marks of `script`, once."""
+    begin = BEGIN.format(script)
+    try:
+        text = path.read_text()
+    except OSError as error:
+        raise cli.InputError(f"cannot read {path}: {error.strerror}; name the page that holds the table") from None
+    if text.count(begin) != 1 or END not in text.partition(begin)[2]:
+        raise cli.InputError(f"{path} has no place for the table; put the lines {begin} and {END} into it")
+    return text, begin
+
+
+def put(path, table, script="report.py"):
+    """Replace what stands between the marks of `script` in the file `path`. Raises InputError when it has none."""
+    text, begin = check_mark(path, script)
+    before, _, rest = text.partition(begin)
+    new = f"{before}{begin}\n{table}\n{END}{rest.partition(END)[2]}"
     utils.write_whole(path, lambda p: p.write_text(new))
 
 
@@ -86,6 +121,7 @@ def main():
     root = Path(cli.ROOT)
     put(root / "ckpt" / "README.md", victims(root / "ckpt"))
     put(root / "README.md", runs(root / "results"))
+    put(root / "README.md", precisions(root / "results"), "report.py, bf16 and fp32")
     print("wrote ckpt/README.md and README.md", file=sys.stderr)
 
 
