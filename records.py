@@ -20,7 +20,11 @@ def save_record(defense, args, config, victim, device, tag, **figures):
     args: the command's flags; config: the method's constants, a dataclass; victim: {"file", "sha256"} of what was
     defended; tag: network and width; figures: plain values.
     """
-    path = Path(args.results) / f"{defense}_{args.dataset}_{tag}_{args.attack}_{time.strftime('%Y%m%d-%H%M%S')}.json"
+    stem = f"{defense}_{args.dataset}_{tag}_{args.attack}_{time.strftime('%Y%m%d-%H%M%S')}"
+    path, others = Path(args.results) / f"{stem}.json", 0
+    while path.exists():  # of the same second
+        others += 1
+        path = path.with_name(f"{stem}_{others}.json")
     record = {
         "defense": defense,
         "victim": victim,

@@ -1,16 +1,17 @@
-"""Writes the tables of figures: the victims in ckpt/README.md, the runs of unit.py in README.md.
+"""Writes the tables of figures: the victims in ckpt/README.md; the runs of unit.py, also bf16 by fp32, in README.md.
 
     python report.py
 
 No figure in them is typed by hand: they come from the checkpoints and from results/*.json, and stand between two marks.
 """
 
+import json
 import sys
 from pathlib import Path
 
 import cli
 import utils
-from records import load_records
+from records import FREE, load_records
 
 BEGIN, END = "<!-- begin: written by {} -->", "<!-- end -->"
 
@@ -72,6 +73,29 @@ def runs(folder):
     return markdown([*header, "seconds", "peak GiB", "machine", "record"], rows)
 
 
+def precisions(folder):
+    """Return the table of the runs of unit.py that differ in nothing but bf16 or fp32, and where they computed."""
+    alike = {}
+    for r in load_records(folder, "unit").values():
+        what = {k: v for k, v in r["settings"].items() if k not in FREE}
+        key = r["victim"]["sha256"], r["settings"]["seed"], json.dumps(what, sort_keys=True)
+        if not r["interrupted"]:
+            alike.setdefault(key, {})[r["settings"]["precision"]] = r
+    rows = []
+    for (_, _, what), pair in alike.items():
+        if len(pair) < 2:
+            continue
+        s, both = json.loads(what), (pair["bf16"], pair["fp32"])
+        a, b = (r["after"] for r in both)
+        apart = ["–" if a[k] is None else f"{100 * (a[k] - b[k]):+.2f}" for k in ("BA", "ASR")]
+        rows.append([
+            s["attack"], s["dataset"], s["n_steps"], *(f"{percent(m['BA'])} / {percent(m['ASR'])}" for m in (a, b)),
+            " / ".join(apart), *(r["best_step"] + 1 for r in both), *(f"{r['seconds']:.0f}" for r in both),
+        ])  # fmt: skip
+    header = ["attack", "measured on", "steps", "BA/ASR after, bf16", "fp32", "difference", "step chosen, bf16", "fp32"]
+    return markdown([*header, "seconds, bf16", "fp32"], rows)
+
+
 def check_mark(path, script):
     """Return (text, first mark) of the file `path`. Raises InputError unless it has the marks of `script`, once."""
     begin = BEGIN.format(script)
@@ -97,6 +121,7 @@ def main():
     root = Path(cli.ROOT)
     put(root / "ckpt" / "README.md", victims(root / "ckpt"))
     put(root / "README.md", runs(root / "results"))
+    put(root / "README.md", precisions(root / "results"), "report.py, bf16 and fp32")
     print("wrote ckpt/README.md and README.md", file=sys.stderr)
 
 

@@ -1,5 +1,6 @@
 """The commands as a user runs them, on the embedded sample and small networks; exit statuses; kills."""
 
+import dataclasses
 import json
 import os
 import re
@@ -11,6 +12,7 @@ import time
 import pytest
 import torch
 
+import records
 import report
 import train
 import unit
@@ -99,10 +101,6 @@ def test_unit_saves_what_it_measured(victim_file, tmp_path, capsys):
     assert (record["n_train"], record["n_valid"]) == (400, 100)
     assert record["settings"]["micro_batch"] == 100
     assert record["victim"]["sha256"] == utils.sha256(victim_file)
-    row = report.runs(tmp_path / "results").splitlines()[2]
-    assert f"| {100 * record['before']['BA']:.2f} / {100 * record['before']['ASR']:.2f} |" in row
-    assert f"**{100 * record['after']['BA']:.2f} / {100 * record['after']['ASR']:.2f}**" in row
-    assert "| 500 | 11 |" in row
     assert 0.1 < record["peak_GiB"] < 24
     assert (tmp_path / "unit_badnet.png").exists()
 
@@ -317,6 +315,46 @@ def test_a_table_goes_between_its_marks_alone(tmp_path):
     with pytest.raises(InputError, match="no place"):
         report.put(page, "| new |")
     assert page.read_text() == "no marks"
+
+
+def run_record(**changes):
+    """A record of unit.py on the default settings, with other settings."""
+    usual = vars(unit.parser().parse_args([])) | dataclasses.asdict(unit.UnitConfig(precision="bf16"))
+    figures = {"n_train": 2000, "n_valid": 500, "interrupted": False, "seconds": 12.0, "best_step": 1}
+    figures |= {"before": {"BA": 0.9276, "ASR": 1.0}, "after": {"BA": 0.9028, "ASR": 0.0117}}
+    figures |= {"history": {"reg": [9.5, 8.25]}, "machine": {"device": "a machine"}, "victim": {"sha256": "0"}}
+    return {"defense": "unit", "settings": usual | changes, **figures}
+
+
+def test_the_table_of_runs_has_what_the_records_say(tmp_path):
+    utils.save_json(run_record(), tmp_path / "unit_a.json")
+    utils.save_json(run_record(acc_degrade=0.1), tmp_path / "unit_b.json")  # not the authors' constants
+    utils.save_json(run_record() | {"interrupted": True}, tmp_path / "unit_c.json")
+    (row,) = report.runs(tmp_path).splitlines()[2:]
+    assert row.startswith(
+        "| badnet | cifar10 | 2,500 | 300 | 92.76 / 100.00 | **90.28 / 1.17** | 9.50 → 8.25 | 2 | 12 |"
+    )
+
+
+def test_the_table_of_precisions_pairs_what_differs_in_nothing_else(tmp_path):
+    utils.save_json(run_record(), tmp_path / "unit_a.json")
+    fp32 = run_record(precision="fp32", micro_batch=1000) | {"after": {"BA": 0.9048, "ASR": 0.0107}}
+    utils.save_json(fp32, tmp_path / "unit_b.json")
+    for i, other in enumerate(({"seed": 1}, {"lr": 0.01}, {"attack": "wanet"})):
+        utils.save_json(run_record(precision="fp32", **other), tmp_path / f"unit_c{i}.json")
+    another_victim = run_record(precision="fp32") | {"victim": {"sha256": "1"}}
+    utils.save_json(another_victim, tmp_path / "unit_d.json")
+    (row,) = report.precisions(tmp_path).splitlines()[2:]
+    assert row == "| badnet | cifar10 | 300 | 90.28 / 1.17 | 90.48 / 1.07 | -0.20 / +0.10 | 2 | 2 | 12 | 12 |"
+
+
+def test_records_of_one_second_stand_beside_each_other(tmp_path, monkeypatch):
+    monkeypatch.setattr(records.time, "strftime", lambda _format: "now")
+    args = unit.parser().parse_args(["--results", str(tmp_path)])
+    given = "unit", args, unit.UnitConfig(), {"file": "v.pt", "sha256": "0"}, torch.device("cpu"), "resnet18"
+    paths = [records.save_record(*given, number=i) for i in range(3)]
+    assert [r["number"] for r in records.load_records(tmp_path).values()] == [0, 1, 2]
+    assert list(records.load_records(tmp_path)) == paths
 
 
 def test_what_is_no_record_is_named(tmp_path):
