@@ -48,7 +48,6 @@ from backdoors import poison_training_set
 from defenses import dbd
 from evaluate import evaluate, victim_backdoor
 from records import save_record
-from train import memory_format
 
 # two runs are the same run when these agree
 SETTINGS = ("dataset", "network", "attack", "seed", "target", "width", "poison_rate", "precision")
@@ -123,8 +122,8 @@ def main(argv=None):
     print(f"{args.dataset}, {tag}, {args.attack} -> {args.target}, {len(poison.indices):,} of {len(images):,} poisoned")
 
     torch.manual_seed(args.seed)
-    layout = memory_format(args.width, device)
-    network = models.get_model(args.network, 10, args.width).to(device, memory_format=layout)
+    network = models.get_model(args.network, 10, args.width).to(device)
+    network.to(memory_format=utils.training_layout(network))
     partial_path = out.with_name(f"{out.name.removesuffix('.pt')}.partial.pt")
     settings = {k: getattr(args, k) for k in SETTINGS} | {"precision": str(dtype)} | asdict(config)
     partial = (load_partial(partial_path, settings) if args.resume else None) or {"stage": 0, "epoch": 0}

@@ -22,14 +22,14 @@ class Repaired:
 
 
 def copy_of(model):
-    """Return a copy of `model` with trainable weights; the model itself is left as it is."""
-    return copy.deepcopy(model).requires_grad_(True)
+    """Return a copy of `model` with trainable weights, laid out for training; the model itself is left as it is."""
+    return copy.deepcopy(model).requires_grad_(True).to(memory_format=utils.training_layout(model))
 
 
 def forward(net, x, dtype):
-    """Return the float32 logits of `net`, computed in `dtype` by autocast."""
+    """Return the float32 logits of `net`, computed in `dtype` by autocast, in the layout that suits its training."""
     with utils.autocast(x.device, dtype):
-        return net(x).float()
+        return net(x.contiguous(memory_format=utils.training_layout(net))).float()
 
 
 def train_epoch(images, batch_size, optimizer, generator, loss_of, clip_norm=None):

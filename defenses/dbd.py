@@ -95,7 +95,7 @@ class Contrast:
         total, views = torch.zeros(2, device=images.device), 0
         for index in batches:
             x = utils.to_float(images[index.to(images.device)])
-            both = torch.cat((simclr.view(x, g), simclr.view(x, g))).contiguous(memory_format=torch.channels_last)
+            both = torch.cat((simclr.view(x, g), simclr.view(x, g)))
             a, b = self.head(forward(self.network, both, dtype)).chunk(2)
             loss, found = simclr.nt_xent(a, b, c.simclr_temperature)
             self.optimizer.zero_grad(set_to_none=True)
@@ -201,7 +201,7 @@ class Semi(Linear):
             weight = mixmatch.draw_weight(c.mixmatch_beta, g)
             order = torch.randperm(len(inputs), generator=g).to(images.device)
             inputs, targets = mixmatch.mix(inputs, targets, weight, order)
-            logits = forward(self.network, inputs.contiguous(memory_format=torch.channels_last), dtype)
+            logits = forward(self.network, inputs, dtype)
             rise = c.mixmatch_weight * (epoch + step / c.mixmatch_steps) / c.mixmatch_epochs
             loss = mixmatch.mixmatch_loss(logits, targets, len(known), rise)
             self.optimizer.zero_grad(set_to_none=True)

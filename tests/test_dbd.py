@@ -216,9 +216,11 @@ def test_contrast_learns_to_find_the_twin_and_gives_the_linear_layer_back(poison
     torch.manual_seed(0)
     network = models.get_model("resnet18", width=0.125)
     linear = network.linear
-    stage = dbd.Contrast(network, dbd.Config(simclr_batch=100, simclr_lr=0.1), seed=0)
-    found = [stage.train_epoch(*poisoned[:2], e, torch.float32, silent)["found"] for e in range(6)]
-    assert found[-1] > found[0] + 0.05
+    stage = dbd.Contrast(network, dbd.Config(simclr_batch=50, simclr_lr=0.1), seed=0)
+    epochs = [stage.train_epoch(*poisoned[:2], e, torch.float32, silent) for e in range(4)]
+    assert epochs[-1]["loss"] < epochs[0]["loss"] - 0.2
+    # by chance 1 in 99; later epochs are well above the first
+    assert epochs[-2]["found"] + epochs[-1]["found"] > 3 * epochs[0]["found"]
     stage.finish()
     assert network.linear is linear
 
