@@ -3,8 +3,9 @@
     python compare.py            # runs what has no record yet, then writes the table
 
 A cell is a run of unit.py or defend.py at its published constants, and its record in results/. What has a record for
-these very weights is not run again; a cell that fails is reported and left out. The flags choose what is run; the table
-holds whatever has a record. Writes results/compare.json, results/compare.png and the table in README.md.
+these very weights is not run again; a cell that fails is reported and left out. --attack, --defenses and --seeds choose
+what is run; the table holds all that has a record, of the data set, network, target and way of drawing given. Writes
+results/compare.json, results/compare.png and the table in README.md.
 """
 
 import argparse
@@ -20,7 +21,7 @@ def parser():
     p = cli.parser("compare.py", "fill the table of defences", attacks=("none", *cli.ATTACKS))
     p.set_defaults(attack=None)
     p.add_argument("--defenses", nargs="+", default=COLUMNS, choices=COLUMNS, help="which to run")
-    p.add_argument("--seeds", nargs="+", default=[1024], type=bounded(int, 0, 2**32 - 1), help="a run each")
+    p.add_argument("--seeds", nargs="+", type=bounded(int, 0, 2**32 - 1), help="a run each (default: --seed alone)")
     p.add_argument("--draw", default="first", choices=("first", "random"), help="which images of each class; by seed")
     p.add_argument("--run", default=True, action=argparse.BooleanOptionalAction, help="run what has no record yet")
     p.add_argument("--results", default=str(cli.ROOT / "results"), help="folder of the records")
@@ -31,8 +32,10 @@ def parser():
 if __name__ == "__main__":
     parser().parse_args()  # answers --help and a wrong flag before the seconds that torch takes
 
+import json
 import subprocess
 import sys
+import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
@@ -73,17 +76,26 @@ def run_cell(args, defense, attack, seed):
     flags |= {k: getattr(args, k) for k in same}
     command = [sys.executable, str(cli.ROOT / script[0]), *script[1:]]
     command += [text for k, v in flags.items() for text in (f"--{k}", str(v))]
-    if defense == "unit":
-        command += ["--outdir", args.results]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    try:
-        _, error = process.communicate()
-    except KeyboardInterrupt:  # the cell got it too, and saves what it has
-        process.communicate()
-        raise
+    with tempfile.TemporaryDirectory() as folder:
+        if defense == "unit":
+            command += ["--outdir", folder]
+        if len(args.seeds) > 1:  # else the defended model stays in ckpt/
+            command += ["--out", str(Path(folder) / "defended.pt")]
+        said = b""
+        with subprocess.Popen(command, stderr=subprocess.PIPE) as process:
+            try:
+                while chunk := process.stderr.read1():
+                    sys.stderr.buffer.write(chunk)
+                    sys.stderr.flush()
+                    said = (said + chunk)[-2000:]
+            except KeyboardInterrupt:  # the cell got it too, and saves what it has
+                process.wait()
+                raise
     if process.returncode == 0:
         return None
-    lines = [line for line in error.splitlines() if line.strip()]
+    if process.returncode < 0:
+        return f"killed by signal {-process.returncode}"
+    lines = [line for line in said.decode(errors="replace").splitlines() if line.strip()]
     return f"exit status {process.returncode}: {lines[-1] if lines else 'no word'}"
 
 
@@ -124,18 +136,23 @@ def summarise(attack, defense, runs, **about):
         values = [of(r) for r in runs]
         return None if None in values else sum(values) / len(values)
 
-    one = runs[0]
+    one, machines = runs[0], sorted({r["machine"]["device"] for r in runs})
+    outcomes = [r["findings"]["outcome"] for r in runs if "outcome" in r.get("findings", {})]
+    s = one["settings"]
     return {
+        **{k: s.get(k) for k in ("dataset", "network", "target", "draw")},
         "attack": attack,
         "defense": defense,
         "BA": mean(lambda r: r["after"]["BA"]),
         "ASR": mean(lambda r: r["after"]["ASR"]),
-        "seconds": mean(lambda r: r["seconds"]),
-        "peak_GiB": mean(lambda r: r.get("peak_GiB")),
+        "seconds": mean(lambda r: r["seconds"]) if len(machines) == 1 else None,
+        "peak_GiB": mean(lambda r: r.get("peak_GiB")) if len(machines) == 1 else None,
         "clean_images": one["data"] if "data" in one else one["n_train"] + one["n_valid"],
         "labels": one.get("labels", True),
         "n": len(runs),
-        "machine": one["machine"]["device"],
+        "machine": ", ".join(machines),
+        "findings": [r["findings"] for r in runs if r.get("findings")],
+        "note": "; ".join(dict.fromkeys(outcomes)) or None,
         "reported": REPORTED.get((attack, defense)),
         **about,
     }
@@ -146,19 +163,27 @@ def rows_of(args):
     records, rows = load_records(args.results), []
     for attack, victim_sum in victims(args):
         for defense in COLUMNS:
-            found = find(records.values(), defense, victim_sum, usual_settings(args, defense, attack))
-            if found:
-                rows.append(summarise(attack, defense, list(found.values())))
+            usual = usual_settings(args, defense, attack)
+            # on the clean images, then on those of other sets
+            for ood in dict.fromkeys([None, *(r["settings"].get("ood") for r in records.values())]):
+                if ood is not None and "ood" not in usual:
+                    continue
+                found = find(records.values(), defense, victim_sum, usual | ({"ood": ood} if "ood" in usual else {}))
+                if found:
+                    about = {"note": f"on images of {ood}"} if ood else {}
+                    rows.append(summarise(attack, defense, list(found.values()), **about))
     # DBD has no victim: it trains on the poisoned images itself; runs that differ in their settings are rows apart
     alike = {}
     for r in records.values():
         s = r["settings"]
         if r["defense"] == "dbd" and s["dataset"] == args.dataset and s["network"] == args.network:
-            epochs = "+".join(str(s[f"{stage}_epochs"]) for stage in ("simclr", "linear", "mixmatch"))
-            rate = "usual" if s["poison_rate"] is None else f"{100 * s['poison_rate']:g} %"
-            note = f"width {s['width']:g}, {epochs} epochs, poison rate {rate}, target {s['target']}"
-            alike.setdefault((s["attack"], note), {})[s["seed"]] = r
-    for (attack, note), found in alike.items():
+            what = json.dumps({k: v for k, v in s.items() if k not in {*FREE, "resume", "overwrite"}}, sort_keys=True)
+            alike.setdefault((s["attack"], what), {})[s["seed"]] = r
+    for (attack, what), found in alike.items():
+        s = json.loads(what)
+        epochs = "+".join(str(s[f"{stage}_epochs"]) for stage in ("simclr", "linear", "mixmatch"))
+        rate = f"{100 * s['poison_rate']:g} %"
+        note = f"width {s['width']:g}, {epochs} epochs, poison rate {rate}, target {s['target']}"
         rows.append(summarise(attack, "dbd", list(found.values()), note=note))
     return rows
 
@@ -168,9 +193,10 @@ def table(rows):
     lines = []
     for r in rows:
         lines.append([
-            r["attack"], f"{r['defense']} ({r['note']})" if "note" in r else r["defense"], report.percent(r["BA"]),
-            report.percent(r["ASR"]), f"{r['seconds']:.0f}", "–" if r["peak_GiB"] is None else f"{r['peak_GiB']:.2f}",
-            f"{r['clean_images']:,}", "yes" if r["labels"] else "no", r["n"], r["machine"], r["reported"] or "–",
+            r["attack"], f"{r['defense']} ({r['note']})" if r["note"] else r["defense"], report.percent(r["BA"]),
+            report.percent(r["ASR"]), "–" if r["seconds"] is None else f"{r['seconds']:.0f}",
+            "–" if r["peak_GiB"] is None else f"{r['peak_GiB']:.2f}", f"{r['clean_images']:,}",
+            "yes" if r["labels"] else "no", r["n"], r["machine"], r["reported"] or "–",
         ])  # fmt: skip
     header = ["victim", "defence", "BA %", "ASR %", "seconds", "peak GiB", "clean images", "labels", "n", "machine"]
     return report.markdown([*header, "its own paper, on its own weights"], lines)
@@ -179,6 +205,10 @@ def table(rows):
 def main(argv=None):
     """The command."""
     args = parser().parse_args(argv)
+    args.seeds = args.seeds or [args.seed]
+    usual = all(getattr(args, k) == parser().get_default(k) for k in ("dataset", "network", "target", "draw"))
+    if not usual and Path(args.page).resolve() == cli.ROOT / "README.md":
+        raise InputError("README.md holds the full set's table at the defaults; give your own --page and --results")
     report.check_mark(Path(args.page), "compare.py")
     failed = fill(args) if args.run else []
     rows = rows_of(args)

@@ -4,7 +4,8 @@
 
 Three stages: SimCLR without labels, a linear layer, MixMatch with the labels that are easy to believe. A run that was
 cut off goes on after its last whole epoch when the same command is given again. The published length is 100 + 10 + 190
-epochs; --epochs sets others.
+epochs (of SimCLR the first 100 of a schedule of 1,000, whatever --epochs says), the published setting is
+--poison_rate 0.05 --target 3.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import argparse
 import cli
 from cli import InputError, bounded
 
+# WaNet poisons each batch anew while it trains: there is no poisoned set on a disk that DBD could be given
 ATTACKS = tuple(a for a in cli.ATTACKS if a != "wanet")
 
 
@@ -106,7 +108,8 @@ def main(argv=None):
         config = replace(config, simclr_epochs=simclr, linear_epochs=linear, mixmatch_epochs=semi)
     tag = utils.network_tag(args.network, args.width)
     out = Path(args.out or utils.CKPT / f"{args.dataset}_{tag}_{args.attack}_dbd.pt")
-    if out.exists() and not args.overwrite:
+    partial_path = out.with_name(f"{out.name.removesuffix('.pt')}.partial.pt")
+    if out.exists() and not args.overwrite and not partial_path.exists():  # with it, only the record is missing
         raise InputError(f"{out} exists; --overwrite trains it again, --out writes elsewhere")
     for place in (out, Path(args.results) / "record.json"):
         utils.check_place(place)
@@ -124,10 +127,9 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     network = models.get_model(args.network, 10, args.width).to(device)
     network.to(memory_format=utils.training_layout(network))
-    partial_path = out.with_name(f"{out.name.removesuffix('.pt')}.partial.pt")
     settings = {k: getattr(args, k) for k in SETTINGS} | {"precision": str(dtype)} | asdict(config)
     partial = (load_partial(partial_path, settings) if args.resume else None) or {"stage": 0, "epoch": 0}
-    history, seconds = partial.get("history", {}), partial.get("seconds", 0.0)
+    history, seconds, peak = partial.get("history", {}), partial.get("seconds", 0.0), partial.get("peak")
     for i, stage_of in enumerate(dbd.STAGES):
         stage = stage_of(network, config, args.seed)
         if i < partial["stage"]:
@@ -148,8 +150,9 @@ def main(argv=None):
             figures = "  ".join(f"{k} {v:.4f}" for k, v in now.items())
             print(f"stage {stage.number} epoch {epoch + 1:3d}  {figures}  {seconds:.0f} s", flush=True)
             history.setdefault(f"stage_{stage.number}", []).append(now)
+            peak = max(peak or 0, utils.peak_memory(device) or 0) or None
             state = {"config": settings, "stage": i, "epoch": epoch + 1, "state": stage.state_dict()}
-            utils.save_checkpoint(state | {"history": history, "seconds": seconds}, partial_path)
+            utils.save_checkpoint(state | {"history": history, "seconds": seconds, "peak": peak}, partial_path)
         stage.finish()
         if stage_of is not dbd.Contrast:
             now = evaluate(network, *test, backdoor, args.target, args.batch_size, dtype)
@@ -158,6 +161,7 @@ def main(argv=None):
 
     state = utils.half_weights(network.state_dict())
     network.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in state.items()})
+    network.to(memory_format=torch.channels_last)
     after = evaluate(network, *test, backdoor, args.target, args.batch_size, dtype)
     about = {k: getattr(args, k) for k in ("dataset", "network", "width", "attack", "target", "seed")}
     about |= {"num_classes": 10, "poison_rate": poison.rate, "poison_indices": poison.indices.to(torch.int32)}
@@ -166,10 +170,13 @@ def main(argv=None):
     utils.save_checkpoint(
         {**about, **after._asdict(), "trigger": trigger, "bounds": None, "state_dict": state, "defence": defence}, out
     )
-    figures = {"after": after._asdict(), "seconds": seconds, "peak_GiB": utils.peak_memory(device), "history": history}
-    figures |= {"data": 0, "poisoned": len(images), "labels": True, "precision": str(dtype).removeprefix("torch.")}
-    partial_path.unlink(missing_ok=True)
+    args.poison_rate = poison.rate
+    figures = {"after": after._asdict(), "seconds": seconds, "peak_GiB": peak, "history": history}
+    figures |= {"data": 0, "training_images": len(images), "poisoned": len(poison.indices), "labels": True}
+    figures["precision"] = str(dtype).removeprefix("torch.")
+    # there is no victim: the file named is the result
     record = save_record("dbd", args, config, {"file": out.name, "sha256": utils.sha256(out)}, device, tag, **figures)
+    partial_path.unlink(missing_ok=True)
     print(f"{after}\nwrote {out} and {record} after {seconds:.0f} s of training")
 
 

@@ -3,7 +3,7 @@
     python defend.py --defense bcu --attack badnet
 
 ft: fine-tuning; bcu: Backdoor Cleansing with Unlabeled Data (CVPR 2023); ulrl: UnLearn and ReLearn (2024); none:
-nothing is changed, the victim is measured. Each runs with its published constants.
+nothing is changed, the victim is measured. Each runs at its published constants. The methods are in defenses/.
 """
 
 import cli
@@ -23,7 +23,7 @@ def parser():
     p.add_argument("--ood", metavar="FILE", help="images of another set for bcu: .npy, or IDX as of Fashion-MNIST")
     p.add_argument("--precision", default="auto", choices=("auto", "bf16", "fp32"), help="auto: bf16 where it is fast")
     p.add_argument("--ckpt", help="victim to defend (default: the one of --network and --attack)")
-    p.add_argument("--out", help="where to save (default: ckpt/{dataset}_{network}_{attack}_{defense}.pt)")
+    p.add_argument("--out", help="where to save (default: ckpt/{dataset}_{network}_{attack}_{defense}[_ood].pt)")
     p.add_argument("--results", default=str(cli.ROOT / "results"), help="folder of the JSON record")
     return p
 
@@ -93,7 +93,10 @@ def repair(args, model, config, dtype, device):
             progress.update()
             progress.write(f"epoch {epoch + 1:3d}  " + "  ".join(f"{k} {v:.4f}" for k, v in now.items()))
 
-        repaired = DEFENSES[args.defense].repair(model, images, labels, config, args.seed, on_epoch, dtype)
+        try:
+            repaired = DEFENSES[args.defense].repair(model, images, labels, config, args.seed, on_epoch, dtype)
+        except ValueError as error:  # of this victim, or of weights that went astray
+            raise InputError(f"{args.defense} cannot repair this victim: {error}") from None
     seconds = time.perf_counter() - start
     for name, value in repaired.findings.items():
         print(f"{name}: {value}")
@@ -112,7 +115,8 @@ def main(argv=None):
     if checkpoint["bounds"] is not None or checkpoint.get("defence"):
         raise InputError(f"{path} is a defended model; give --ckpt the victim")
     tag = utils.network_tag(checkpoint["network"], checkpoint["width"])
-    out = Path(args.out or utils.CKPT / f"{args.dataset}_{tag}_{args.attack}_{args.defense}.pt")
+    what = f"{args.defense}_ood" if args.ood else args.defense
+    out = Path(args.out or utils.CKPT / f"{args.dataset}_{tag}_{args.attack}_{what}.pt")
     if out.resolve() == path.resolve():
         raise InputError(f"--out is the victim {path} itself; give another place")
     for place in (out, Path(args.results) / "record.json"):
@@ -128,6 +132,7 @@ def main(argv=None):
         # measured as it is saved: with weights in half precision
         state = utils.half_weights(repaired.model.state_dict())
         repaired.model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in state.items()})
+        repaired.model.to(memory_format=torch.channels_last)
         after = evaluate(repaired.model, *test, backdoor, target, args.batch_size, dtype)
         print(f"after   {after}\n{seconds:.1f} s")
         defence = {"name": args.defense, **asdict(config), "findings": repaired.findings}

@@ -16,9 +16,9 @@ DATA_RATE = (0.01, 0.02, 0.05, 0.10)
 def parser():
     """Return the command's parser."""
     p = cli.parser("sweep.py", "trade BA against ASR", attacks=("none", *cli.ATTACKS))
-    p.add_argument("--acc_degrade", nargs="*", default=ACC_DEGRADE, type=bounded(float, 0, 1), help="values to run")
+    p.add_argument("--acc_degrade", nargs="*", default=ACC_DEGRADE, type=bounded(float, 0, 1, True), help="values")
     p.add_argument("--data_rate", nargs="*", default=DATA_RATE, type=bounded(float, 0, 1, True), help="values to run")
-    p.add_argument("--seeds", nargs="+", default=[1024], type=bounded(int, 0, 2**32 - 1), help="a run each; their mean")
+    p.add_argument("--seeds", nargs="+", type=bounded(int, 0, 2**32 - 1), help="a run each (default: --seed alone)")
     p.add_argument("--draw", default="first", choices=("first", "random"), help="which images of each class; by seed")
     p.add_argument("--ckpt", help="victim (default: the one of --network and --attack)")
     p.add_argument("--results", default=str(cli.ROOT / "results"), help="folder of the records, table and picture")
@@ -38,7 +38,7 @@ import unit
 import utils
 from records import FREE, find, load_records
 
-DEFAULTS = {"acc_degrade": 0.03, "data_rate": 0.05}
+DEFAULTS = {"acc_degrade": unit.UnitConfig().acc_degrade, "data_rate": 0.05}
 
 
 def cell(args, victim, flag, value, seed, folder):
@@ -67,6 +67,7 @@ def cell(args, victim, flag, value, seed, folder):
 def main(argv=None):
     """The command."""
     args = parser().parse_args(argv)
+    args.seeds = args.seeds or [args.seed]
     if args.dataset != "cifar10" and args.data_rate == DATA_RATE:
         args.data_rate = ()  # shares of the full set, of which the sample is one hundredth
     if not args.acc_degrade and not args.data_rate:

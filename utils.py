@@ -21,7 +21,7 @@ import torch.nn.functional as F
 
 import cifar10
 import models
-from cli import ATTACKS, DATASETS, ROOT, InputError
+from cli import ATTACKS, DATASETS, DEFENSES, ROOT, InputError
 
 CKPT = ROOT / "ckpt"
 FORMAT = 1  # of our checkpoints
@@ -341,8 +341,11 @@ def _how_to_make(path):
             if path.resolve() == checkpoint_path("cifar10", network, attack):
                 return f"make it with: python train.py --network {network} --attack {attack}"
             for dataset in DATASETS:
-                if path.name == f"{dataset}_{network}_{attack}_unit.pt":
-                    return f"make it with: python unit.py --dataset {dataset} --network {network} --attack {attack}"
+                for defense in ("unit", *DEFENSES):
+                    if path.name == f"{dataset}_{network}_{attack}_{defense}.pt":
+                        script = "unit.py" if defense == "unit" else f"defend.py --defense {defense}"
+                        flags = f"--dataset {dataset} --network {network} --attack {attack}"
+                        return f"make it with: python {script} {flags}"
     return "train one with: python train.py --attack badnet (or give --ckpt the right path)"
 
 

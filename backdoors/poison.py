@@ -14,8 +14,8 @@ CLEAN_LABEL = ("reflection",)
 class Poison:
     """A poisoned training set.
 
-    indices: int64 (n,), the poisoned images, drawn once (badnet, reflection); empty where every epoch draws anew
-    (wanet, whose attacker controls the training: rate * N other images each epoch, spread evenly over the batches).
+    indices: int64 (n,), the poisoned images, drawn once; empty where every epoch draws anew (wanet, whose
+    attacker controls the training: rate * N other images each epoch, spread evenly over the batches).
     relabel: whether poisoned images get the target as label; clean-label attacks keep theirs.
     """
 

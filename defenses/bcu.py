@@ -4,6 +4,7 @@ A student that keeps most of the victim's weights and has the rest drawn anew le
 images without a trigger: what those images never ask for, the backdoor, is not passed on. It needs no labels.
 """
 
+import copy
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -47,7 +48,8 @@ def partly_fresh(model, p, seed):
     Raises ValueError for a layer that no path fits.
     """
     device = next(model.parameters()).device
-    student = copy_of(model).cpu()  # drawn on the CPU, so that every device draws alike
+    # drawn on the CPU and in one layout, in whose order a generator fills: so every device draws alike
+    student = copy.deepcopy(model).cpu().to(memory_format=torch.contiguous_format)
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed + 1)  # the CPU's alone
@@ -62,7 +64,7 @@ def partly_fresh(model, p, seed):
             for k, fresh in layer.named_parameters():
                 replaced = torch.rand(fresh.shape, generator=generator) < share
                 fresh.copy_(torch.where(replaced, fresh, old[k]))
-    return student.to(device)
+    return copy_of(student.to(device))
 
 
 def distillation_loss(student, teacher, temperature):

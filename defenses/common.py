@@ -13,7 +13,7 @@ import utils
 class Repaired:
     """A repaired network in eval mode, how its making went, and what it found worth saying.
 
-    history: {figure: [one value per epoch]}; findings: {name: plain value}.
+    history: {figure: [one value per epoch]}; findings: {name: plain value}, `outcome` being a sentence for the table.
     """
 
     model: nn.Module

@@ -33,6 +33,7 @@ class Config:
     simclr_lr: float = 0.4
     simclr_momentum: float = 0.9
     simclr_weight_decay: float = 1e-4
+    views: simclr.Views = simclr.Views()
     # stage 2: a linear layer on the frozen features
     linear_epochs: int = 10
     linear_batch: int = 128
@@ -46,7 +47,7 @@ class Config:
     mixmatch_steps: int = 1024  # an epoch
     mixmatch_batch: int = 64  # of labelled and of unlabelled images each
     mixmatch_temperature: float = 0.5
-    mixmatch_beta: float = 0.75
+    mixmatch_alpha: float = 0.75  # of the Beta distribution of the mixing weights
     mixmatch_weight: float = 15.0  # of the unlabelled loss at the end; it rises linearly
     mixmatch_lr: float = 2e-3  # of Adam
 
@@ -75,7 +76,7 @@ class Contrast:
     def __init__(self, network, config, seed):
         self.network, self.config, self.seed = network, config, seed
         self.linear, network.linear = network.linear, nn.Identity()
-        self.head = simclr.Projection(self.linear.in_features).to(self.linear.weight.device)
+        self.head = simclr.Projection(self.linear.in_features, config.views.projection).to(self.linear.weight.device)
         self.epochs = config.simclr_epochs
         self.optimizer = torch.optim.SGD(
             [*network.parameters(), *self.head.parameters()],
@@ -88,14 +89,14 @@ class Contrast:
         """Train one epoch; return {"loss", "found"}, found being the share of views whose twin was the nearest."""
         c, g = self.config, _generator(self.seed, self.number, epoch)
         for group in self.optimizer.param_groups:
-            group["lr"] = c.simclr_lr * 0.5 * (1 + math.cos(math.pi * epoch / c.simclr_schedule))
+            group["lr"] = c.simclr_lr * 0.5 * (1 + math.cos(math.pi * min(epoch / c.simclr_schedule, 1)))
         self.network.train()
         self.head.train()
         batches = [b for b in torch.randperm(len(images), generator=g).split(c.simclr_batch) if len(b) > 1]
         total, views = torch.zeros(2, device=images.device), 0
         for index in batches:
             x = utils.to_float(images[index.to(images.device)])
-            both = torch.cat((simclr.view(x, g), simclr.view(x, g)))
+            both = torch.cat([simclr.view(x, g, c.views) for _ in range(2)])
             a, b = self.head(forward(self.network, both, dtype)).chunk(2)
             loss, found = simclr.nt_xent(a, b, c.simclr_temperature)
             self.optimizer.zero_grad(set_to_none=True)
@@ -198,7 +199,7 @@ class Semi(Linear):
                 guessed = mixmatch.guess(guessed, c.mixmatch_temperature)
             inputs = torch.cat((x, first, second))
             targets = torch.cat((F.one_hot(labels[known], classes).float(), guessed, guessed))
-            weight = mixmatch.draw_weight(c.mixmatch_beta, g)
+            weight = mixmatch.draw_weight(c.mixmatch_alpha, g)
             order = torch.randperm(len(inputs), generator=g).to(images.device)
             inputs, targets = mixmatch.mix(inputs, targets, weight, order)
             logits = forward(self.network, inputs, dtype)

@@ -5,6 +5,7 @@ colour changes is drawn per batch.
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,7 @@ GREY = (0.299, 0.587, 0.114)  # weights of red, green, blue
 class Projection(nn.Module):
     """The head that is thrown away after contrastive learning: features (N, dim) to unit vectors (N, out)."""
 
-    def __init__(self, dim, out=128):
+    def __init__(self, dim, out):
         super().__init__()
         self.layers = nn.Sequential(nn.Linear(dim, dim), nn.BatchNorm1d(dim), nn.ReLU(), nn.Linear(dim, out))
 
@@ -38,13 +39,24 @@ def nt_xent(a, b, temperature):
     return F.cross_entropy(similarity, twin), similarity.detach().argmax(1) == twin
 
 
-def view(x, generator):
-    """Return a random view of each image; (N, 3, H, W) in [0, 1] to the same.
+@dataclass(frozen=True)
+class Views:
+    """The constants of a random view, and of the head on top."""
 
-    A crop of 0.2 to 1 of the area, scaled back; a flip in half of them; colour jitter of 0.4, 0.4, 0.4, 0.1 in 80 %,
-    grey in 20 %, a blur in half of them. generator: on the CPU.
-    """
-    n = len(x)
+    crop_area: tuple[float, float] = (0.2, 1.0)  # share of the image, scaled back to its size
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width / height
+    flip_p: float = 0.5
+    jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.4, 0.1)  # of brightness, contrast, saturation, hue
+    jitter_p: float = 0.8
+    grey_p: float = 0.2
+    blur_p: float = 0.5
+    blur_sigma: tuple[float, float] = (0.1, 2.0)  # pixels
+    projection: int = 128  # dimensions of the head's output
+
+
+def view(x, generator, constants=Views()):  # noqa: B008 (frozen)
+    """Return a random view of each image, (N, 3, H, W) in [0, 1] to the same; generator: on the CPU."""
+    n, c = len(x), constants
 
     def draw(low, high):
         return (torch.rand(n, generator=generator) * (high - low) + low).to(x.device)
@@ -52,26 +64,25 @@ def view(x, generator):
     def chance(p):
         return (torch.rand(n, generator=generator) < p).to(x.device)[:, None, None, None]
 
-    x = crop_and_flip(
-        x, draw(0.2, 1), draw(math.log(3 / 4), math.log(4 / 3)).exp(), draw(-1, 1), draw(-1, 1), draw(0, 1)
-    )
+    ratio = draw(*(math.log(r) for r in c.crop_ratio)).exp()
+    x = crop_and_flip(x, draw(*c.crop_area), ratio, draw(-1, 1), draw(-1, 1), chance(c.flip_p).flatten())
     jittered = x
-    factors = [draw(0.6, 1.4) for _ in range(3)] + [draw(-0.1, 0.1)]
+    factors = [draw(1 - s, 1 + s) for s in c.jitter[:3]] + [draw(-c.jitter[3], c.jitter[3])]
     for i in torch.randperm(4, generator=generator).tolist():
         jittered = (brightness, contrast, saturation, hue)[i](jittered, factors[i][:, None, None, None])
-    x = torch.where(chance(0.8), jittered, x)
-    x = torch.where(chance(0.2), grey(x).expand_as(x), x)
-    return torch.where(chance(0.5), blur(x, draw(0.1, 2)[:, None, None, None]), x).clamp(0, 1)
+    x = torch.where(chance(c.jitter_p), jittered, x)
+    x = torch.where(chance(c.grey_p), grey(x).expand_as(x), x)
+    return torch.where(chance(c.blur_p), blur(x, draw(*c.blur_sigma)[:, None, None, None]), x).clamp(0, 1)
 
 
 def crop_and_flip(x, area, ratio, right, down, flip):
     """Cut a box of a share `area` of the image and width / height = `ratio`, and scale it back to (H, W).
 
-    right, down: (N,) in [-1, 1], where the box lies in the room that it has; flip: (N,), under 0.5 mirrors it.
+    right, down: (N,) in [-1, 1], where the box lies in the room that it has; flip: bool (N,), mirrors it.
     """
     w, h = (area * ratio).sqrt().clamp_max(1), (area / ratio).sqrt().clamp_max(1)
     theta = x.new_zeros(len(x), 2, 3)
-    theta[:, 0, 0] = torch.where(flip < 0.5, -w, w)
+    theta[:, 0, 0] = torch.where(flip, -w, w)
     theta[:, 1, 1] = h
     theta[:, 0, 2], theta[:, 1, 2] = right * (1 - w), down * (1 - h)
     grid = F.affine_grid(theta, list(x.shape), align_corners=False)

