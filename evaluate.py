@@ -66,11 +66,12 @@ def evaluate(model, images, labels, backdoor, target, batch_size=128, dtype=torc
 
     def count(images, wanted, trigger):
         hits = torch.zeros((), dtype=torch.int64, device=device)
-        for x, y in zip(images.split(batch_size), wanted.split(batch_size), strict=True):
-            x = utils.to_float(x)
-            if trigger is not None:
-                x = trigger(x).contiguous(memory_format=torch.channels_last)
-            with utils.autocast(device, dtype):
+        with utils.autocast(device, dtype):  # one context for all batches: it casts each weight once
+            for x, y in zip(images.split(batch_size), wanted.split(batch_size), strict=True):
+                x = utils.to_float(x)
+                if trigger is not None:
+                    with torch.autocast(device.type, enabled=False):
+                        x = trigger(x).contiguous(memory_format=torch.channels_last)
                 hits += (model(x).argmax(1) == y).sum()
         return hits.item()
 

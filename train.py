@@ -34,6 +34,7 @@ if __name__ == "__main__":
     parser().parse_args()  # answers --help and a wrong flag before the seconds that torch takes
 
 import shutil
+import sysconfig
 import time
 from pathlib import Path
 
@@ -155,14 +156,22 @@ def load_init(path, config, poison, model):
     return {k: checkpoint.get(k) for k in kept}
 
 
-def speed_up(model, compiling, width, n_images):
+def speed_up(model, compiling, width, n_images, batch_size):
     """Return what trains in the model's place: shared among the processes of torchrun, and compiled if that pays.
 
-    compiling: the flag; n_images: to be trained on. Compiling takes a minute, and needs a C++ compiler.
+    compiling: the flag; n_images: to be trained on; batch_size: over all processes. Compiling takes a minute, and needs
+    a C++ compiler and Python's headers. A batch of another size, the last of an epoch, goes through uncompiled.
     """
-    fast = DistributedDataParallel(model) if utils.ranks()[1] > 1 else model
-    pays = n_images * width**2 > 200_000 and any(map(shutil.which, ("g++", "clang++")))
-    return torch.compile(fast, dynamic=False) if {"auto": pays, "on": True, "off": False}[compiling] else fast
+    n_ranks = utils.ranks()[1]
+    shared = DistributedDataParallel(model) if n_ranks > 1 else model
+    headers = Path(sysconfig.get_path("include"), "Python.h").exists()
+    pays = n_images * width**2 > 200_000 and headers and any(map(shutil.which, ("g++", "clang++")))
+    # on a GPU the minute is as long as the training
+    pays = pays and next(model.parameters()).is_cpu
+    if not {"auto": pays, "on": True, "off": False}[compiling]:
+        return shared
+    compiled = torch.compile(shared, dynamic=False)
+    return lambda x: (compiled if len(x) * n_ranks == batch_size else shared)(x)
 
 
 def save_victim(model, config, poison, backdoor, test, dtype, history, seconds, path):
@@ -242,7 +251,7 @@ def main(argv=None):
     )
 
     # by the whole run's length, so that a resumed one rounds alike
-    fast = speed_up(model, args.compile, args.width, n_images * args.epochs)
+    fast = speed_up(model, args.compile, args.width, n_images * args.epochs, args.batch_size)
     for epoch in range(first, args.epochs):
         start = time.perf_counter()
         model.train()

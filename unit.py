@@ -140,13 +140,12 @@ def tighten(model, x_train, y_train, x_valid, y_valid, config=UnitConfig(), on_s
     device = next(model.parameters()).device
     net = frozen_copy(model, utils.get_dtype(config.precision, device))
     n_train = len(y_train)
-    (x_train, y_train), (x_valid, y_valid) = (
-        _batches(x, y, config.micro_batch or usual_micro_batch(device), device)
-        for x, y in ((x_train, y_train), (x_valid, y_valid))
-    )
+    size = config.micro_batch or usual_micro_batch(device)
+    train = _batches(x_train, y_train, size, device)
+    valid = _batches(x_valid, y_valid, size, device)
 
-    initial_acc = accuracy(net, x_valid, y_valid)
-    models.set_bounds(net, initial_bounds(net, x_train, config.n_sigma))
+    initial_acc = accuracy(net, *valid)
+    models.set_bounds(net, initial_bounds(net, train[0], config.n_sigma))
     sites = models.activation_sites(net)
     bounds = [site.bound for site in sites.values()]
     optimizer = torch.optim.Adam(bounds, lr=config.lr, betas=config.betas, eps=config.eps)
@@ -162,7 +161,7 @@ def tighten(model, x_train, y_train, x_valid, y_valid, config=UnitConfig(), on_s
             # L = CE(f_c(x), y) + alpha * R over all training images, c = max(b, 0)
             optimizer.zero_grad(set_to_none=True)
             ce = torch.zeros((), device=device)
-            for x, y in zip(x_train, y_train, strict=True):
+            for x, y in zip(*train, strict=True):
                 loss = F.cross_entropy(net(x).float(), y, reduction="sum") / n_train
                 loss.backward()
                 ce += loss.detach()
@@ -171,7 +170,7 @@ def tighten(model, x_train, y_train, x_valid, y_valid, config=UnitConfig(), on_s
             (alpha * reg).backward()
             optimizer.step()
 
-            valid_acc = accuracy(net, x_valid, y_valid)
+            valid_acc = accuracy(net, *valid)
             good = valid_acc >= initial_acc - config.acc_degrade
             schedule.update(good)
 
@@ -275,7 +274,7 @@ def _batches(x, y, size, device):
 
 
 def _snapshot(sites):
-    return {name: site.clip_level().detach().clone() for name, site in sites.items()}
+    return {name: site.clip_level().detach() for name, site in sites.items()}
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
@@ -339,6 +338,8 @@ def main(argv=None):
         return evaluate(model, *test, backdoor, target, args.batch_size, dtype)
 
     if args.phase == "test":
+        if not first:
+            return
         defended = utils.load_model(out, device)[0].to(memory_format=torch.channels_last)
         print(f"before  {path}\n        {measure(model)}\nafter   {out}\n        {measure(defended)}")
         return

@@ -117,11 +117,17 @@ def _cpu_name():
 
 
 def start_ranks(device):
-    """Join the processes of torchrun and return this one's device; without torchrun no process group is started."""
+    """Join the processes of torchrun and return this one's device; without torchrun no process group is started.
+
+    Raises InputError where there are fewer GPUs than processes.
+    """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return device
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        n_gpus, local_rank = torch.cuda.device_count(), int(os.environ["LOCAL_RANK"])
+        if local_rank >= n_gpus:
+            raise InputError(f"torchrun started more processes than the {n_gpus} GPUs here; lower --nproc_per_node")
+        device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     atexit.register(dist.destroy_process_group)

@@ -2,6 +2,7 @@
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 
 class _ReLUClip(torch.autograd.Function):
@@ -19,12 +20,12 @@ class _ReLUClip(torch.autograd.Function):
         return torch.minimum(x, c).clamp_min_(0)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         x, c = ctx.saved_tensors
-        # threshold_backward(g, t, 0) is g where t > 0 and else 0, in one pass
-        through_relu = torch.ops.aten.threshold_backward(grad, x, 0)
-        to_bound = torch.ops.aten.threshold_backward(through_relu, x - c, 0)
-        grad_x = through_relu - to_bound if ctx.needs_input_grad[0] else None
+        # threshold_backward(g, t, 0) is g where t > 0 and else 0, in one pass; x > c >= 0 implies x > 0
+        to_bound = torch.ops.aten.threshold_backward(grad, x - c, 0)
+        grad_x = torch.ops.aten.threshold_backward(grad, x, 0) - to_bound if ctx.needs_input_grad[0] else None
         grad_c = _sum_over_batch(to_bound) if ctx.needs_input_grad[1] else None
         return grad_x, grad_c
 
@@ -37,7 +38,7 @@ def _sum_over_batch(t):
     if t.dim() != 4:
         return t.sum(0).float()
     rows = t.permute(0, 2, 3, 1)
-    return rows.reshape(len(t), -1).sum(0).view(rows.shape[1:]).permute(2, 0, 1).float()
+    return rows.flatten(1).sum(0).view(rows.shape[1:]).permute(2, 0, 1).float()
 
 
 class ClippedReLU(nn.Module):

@@ -20,6 +20,7 @@ def main():
     x = utils.to_float(images)
     ready = x.split(args.batch_size) + x[labels != 0].split(args.batch_size)
 
+    @utils.repeatable()  # as evaluate() is
     def bare():
         with torch.no_grad(), utils.autocast(args.device, args.dtype):
             for batch in ready:

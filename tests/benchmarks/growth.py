@@ -5,6 +5,7 @@ allocator's on a GPU; the images themselves (12 KiB each) are part of it.
 """
 
 import json
+import statistics
 import subprocess
 import sys
 import time
@@ -52,7 +53,7 @@ def main():
         out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         row = json.loads(out.splitlines()[-1])
         s = row["seconds"]
-        median = s[len(s) // 2]
+        median = statistics.median(s)
         spread = f"{median:.3f} ({s[0]:.3f} to {s[-1]:.3f}, n {len(s)})"
         print(
             f"{rate:9g} {row['images']:7,}  {spread:44s} {1000 * median / row['images']:20.3f} {row['GiB']:9.2f}",
