@@ -119,23 +119,34 @@ def test_unit_saves_what_it_measured(victim_file, tmp_path, capsys):
         run_unit(tmp_path / "d.pt", tmp_path)
 
 
-def test_two_processes_find_the_same(victim_file, tmp_path):
+@pytest.fixture
+def one_thread():
+    """The number of threads that command() gives: with another, sums are rounded differently."""
+    n = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(n)
+
+
+def test_two_processes_find_the_same(victim_file, tmp_path, one_thread):
     """torchrun shares the images among its processes; alphas agree exactly, bounds to rounding."""
-    results = {}
+    results = []
     for n in (1, 2):
         folder = tmp_path / str(n)
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}"] if n > 1 else []
-        flags = ["--ckpt", str(victim_file), "--n_steps", "4", "--lr", "0.01", "--out", str(folder / "d.pt")]
+        flags = [*SMALL, "--ckpt", str(victim_file), "--n_steps", "4", "--lr", "0.01", "--out", str(folder / "d.pt")]
         flags += ["--results", str(folder), "--outdir", str(folder)]
-        process = subprocess.run(
-            [sys.executable, *launcher, str(ROOT / "unit.py"), *SMALL, *flags],
-            capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, cwd=tmp_path,
-        )  # fmt: skip
-        assert process.returncode == 0, process.stderr
-        assert process.stdout.count("after ") == 1  # one process speaks
+        if n == 1:
+            unit.main(flags)
+        else:
+            launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}"]
+            env = os.environ | {"OMP_NUM_THREADS": "1"}
+            command = [*launcher, str(ROOT / "unit.py"), *flags]
+            process = subprocess.run(command, capture_output=True, text=True, env=env, cwd=tmp_path)
+            assert process.returncode == 0, process.stderr
+            assert process.stdout.count("after ") == 1  # one process speaks
         (record,) = folder.glob("*.json")
-        results[n] = json.loads(record.read_text()), utils.load_checkpoint(folder / "d.pt")["bounds"]
-    (one, bounds_one), (two, bounds_two) = results[1], results[2]
+        results.append((json.loads(record.read_text()), utils.load_checkpoint(folder / "d.pt")["bounds"]))
+    (one, bounds_one), (two, bounds_two) = results
     assert (one["machine"]["processes"], two["machine"]["processes"]) == (1, 2)
     assert one["history"]["alpha"] == two["history"]["alpha"]
     assert one["best_step"] == two["best_step"]
@@ -161,12 +172,9 @@ def test_ctrl_c_saves_the_best_bounds_and_ends_in_130(victim_file, tmp_path):
     assert utils.load_checkpoint(tmp_path / "d.pt")["bounds"] is not None
 
 
-def test_train_resumes_after_a_kill_to_the_same_bits(tmp_path):
+def test_train_resumes_after_a_kill_to_the_same_bits(tmp_path, one_thread, capsys):
     whole, cut = tmp_path / "whole.pt", tmp_path / "cut.pt"
-    # all with the same number of threads, else sums are rounded differently
-    process = command("train.py", *TRAIN, "--attack", "badnet", "--ckpt", str(whole))
-    _, err = process.communicate()
-    assert process.returncode == 0, err
+    train.main([*TRAIN, "--attack", "badnet", "--ckpt", str(whole)])
     process = command("train.py", *TRAIN, "--attack", "badnet", "--ckpt", str(cut), cwd=str(tmp_path))
     partial = tmp_path / "cut.partial.pt"
     while not partial.exists():
@@ -175,10 +183,8 @@ def test_train_resumes_after_a_kill_to_the_same_bits(tmp_path):
     process.kill()
     process.communicate()
     assert not cut.exists()
-    process = command("train.py", *TRAIN, "--attack", "badnet", "--ckpt", str(cut))
-    out, err = process.communicate()
-    assert process.returncode == 0, err
-    assert re.search(r"going on after epoch [123] of 3", out)
+    train.main([*TRAIN, "--attack", "badnet", "--ckpt", str(cut)])
+    assert re.search(r"going on after epoch [123] of 3", capsys.readouterr().out)
     assert not partial.exists()
     a, b = utils.load_checkpoint(whole), utils.load_checkpoint(cut)
     assert all(torch.equal(a["state_dict"][k], b["state_dict"][k]) for k in a["state_dict"])
