@@ -22,6 +22,7 @@ def parser():
     p.add_argument("--weight_decay", default=5e-4, type=bounded(float, 0), help="on all parameters")
     p.add_argument("--poison_rate", type=bounded(float, 0, 0.99), help="share poisoned (default: the attack's usual)")
     p.add_argument("--precision", default="auto", choices=("auto", "bf16", "fp32"), help="auto: bf16 where it is fast")
+    p.add_argument("--small_epochs", default=0, type=bounded(int, 0), help="first epochs, on images scaled to 24x24")
     p.add_argument("--init", help="victim of the same settings to train on from, for --epochs more at a new --lr")
     p.add_argument("--compile", default="auto", choices=("auto", "on", "off"), help="torch.compile; auto: long runs")
     p.add_argument("--resume", default=True, action=argparse.BooleanOptionalAction, help="go on after a cut-off run")
@@ -51,7 +52,8 @@ from evaluate import evaluate, victim_backdoor
 QUICK = 1000  # test images measured after each epoch; all of them after the last
 # two runs are the same run when these agree
 SETTINGS = ("dataset", "network", "attack", "seed", "batch_size", "target", "width", "epochs", "lr", "weight_decay")
-SETTINGS += ("poison_rate", "precision", "init")
+SETTINGS += ("poison_rate", "precision", "init", "small_epochs")
+SMALL = 24  # pixels; half the arithmetic of 32
 LIKE = ("dataset", "network", "width", "attack", "target", "seed")  # settings that --init's victim has to share
 
 
@@ -106,6 +108,8 @@ def train_epoch(model, optimizer, data, poison, backdoor, config, epoch, dtype, 
     for i, (index, role) in enumerate(batches):
         share = slice(rank, None, n_ranks)
         x, y = poisoned_batch(images, labels, index[share], role[share], poison, backdoor, generator)
+        if epoch < config["small_epochs"]:
+            x = F.interpolate(x, size=(SMALL, SMALL), mode="bilinear", antialias=True)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(epoch * len(batches) + i, n_steps, config["lr"])
         with utils.autocast(images.device, dtype):

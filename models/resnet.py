@@ -68,6 +68,7 @@ class ResNet(nn.Module):
     """A ResNet for 32x32 images: 3x3 stem of stride 1, no max-pool, four stages, 4x4 average pool, one linear layer.
 
     Input: (N, 3, 32, 32) in [0, 1], normalised here; output: (N, num_classes) logits.
+    Other sizes, multiples of 8, pass too.
     block: BasicBlock or Bottleneck; depths: blocks per stage; width: factor on all channels.
     act_layer: called without arguments, once per site.
     """
@@ -101,4 +102,4 @@ class ResNet(nn.Module):
         x = self.normalize(x).to(self.conv1.weight.dtype)
         out = self.act(self.bn1(self.conv1(x)))
         out = self.layer4(self.layer3(self.layer2(self.layer1(out))))
-        return self.linear(F.avg_pool2d(out, 4).flatten(1))
+        return self.linear(F.avg_pool2d(out, out.shape[2:]).flatten(1))  # of 4x4, or smaller images' 3x3

@@ -281,7 +281,7 @@ def test_a_second_round_sees_other_crops_than_the_first(tmp_path, first_round):
     """At a rate of nothing, only order and augmentation can move the loss of an epoch."""
     losses = []
     for before in (0, 2):
-        config = {"batch_size": 50, "seed": 1024, "epochs": 1, "lr": 1e-12, "epochs_before": before}
+        config = {"batch_size": 50, "seed": 1024, "epochs": 1, "lr": 1e-12, "epochs_before": before, "small_epochs": 0}
         model, _ = utils.load_model(first_round)
         data = utils.load_dataset("cifar10_sample", tmp_path, train=True)
         poison = train.poison_training_set(data[1], "none", 0)
@@ -416,3 +416,18 @@ def test_the_bounds_are_on_disk_before_they_are_measured(victim_file, tmp_path, 
     model, checkpoint = utils.load_model(tmp_path / "d.pt")
     assert checkpoint["BA"] is None
     assert checkpoint["bounds"] is not None
+
+
+def test_first_epochs_may_run_on_smaller_images(tmp_path, monkeypatch):
+    sizes, forward = [], train.models.resnet.ResNet.forward
+
+    def look(self, x):
+        if self.training:
+            sizes.append(tuple(x.shape[2:]))
+        return forward(self, x)
+
+    monkeypatch.setattr(train.models.resnet.ResNet, "forward", look)
+    flags = ["--attack", "wanet", "--small_epochs", "1", "--epochs", "2", "--ckpt", str(tmp_path / "v.pt")]
+    train.main([*TRAIN, *flags])
+    assert sizes == [(24, 24)] * 10 + [(32, 32)] * 10
+    assert utils.load_checkpoint(tmp_path / "v.pt")["small_epochs"] == 1
