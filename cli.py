@@ -5,6 +5,7 @@ Exit status of a command: 0 done, 1 a fault of ours, 2 bad input (one line on st
 
 import argparse
 import math
+import os
 import sys
 from pathlib import Path
 
@@ -75,8 +76,19 @@ def run(main):
         main()
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        _leave(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        sys.exit(130)
-    sys.exit(0)
+        _leave(130)
+    _leave(0)
+
+
+def _leave(status):
+    distributed = sys.modules.get("torch.distributed")
+    if distributed and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        # a thread of gloo may still be letting go of the last tensors: it aborts where the interpreter is torn down
+        os._exit(status)
+    sys.exit(status)

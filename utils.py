@@ -1,6 +1,5 @@
 """What the commands share: device, data, augmentation, checkpoints, files that are whole or absent."""
 
-import atexit
 import contextlib
 import hashlib
 import json
@@ -130,7 +129,6 @@ def start_ranks(device):
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    atexit.register(dist.destroy_process_group)
     return device
 
 
