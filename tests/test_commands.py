@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -160,7 +161,8 @@ def test_two_processes_find_the_same(victim_file, tmp_path, one_thread):
 
 def test_ctrl_c_saves_the_best_bounds_and_ends_in_130(victim_file, tmp_path):
     flags = ["--out", str(tmp_path / "d.pt"), "--results", str(tmp_path / "r"), "--outdir", str(tmp_path)]
-    process = command("unit.py", *SMALL, "--ckpt", str(victim_file), *flags, "--n_steps", "100000")
+    flags += ["--data_rate", "0.2", "--n_steps", "100000"]
+    process = command("unit.py", *SMALL, "--ckpt", str(victim_file), *flags)
     for line in process.stdout:
         if line.startswith("step"):
             break
@@ -250,12 +252,17 @@ def test_clean_label_poison_beyond_the_target_class_is_bad_input(tmp_path):
         train.main([*TRAIN, "--attack", "reflection", "--poison_rate", "0.2", "--ckpt", str(tmp_path / "v.pt")])
 
 
-@pytest.fixture
-def first_round(tmp_path):
-    """A small victim after a first round of training."""
-    path = tmp_path / "first.pt"
+@pytest.fixture(scope="module")
+def trained_once(tmp_path_factory):
+    path = tmp_path_factory.mktemp("first") / "first.pt"
     train.main([*TRAIN, "--epochs", "2", "--attack", "badnet", "--ckpt", str(path)])
     return path
+
+
+@pytest.fixture
+def first_round(tmp_path, trained_once):
+    """A small victim after a first round of training."""
+    return shutil.copy(trained_once, tmp_path)
 
 
 def test_a_victim_is_trained_on_from_its_weights_on_the_same_poisoned_images(tmp_path, first_round):

@@ -259,10 +259,12 @@ RUN = ["--dataset", "cifar10_sample", "--device", "cpu", "--precision", "fp32", 
 RUN += ["--attack", "badnet", "--epochs", "2", "2", "2"]
 
 
-@pytest.fixture
-def short(monkeypatch):
+@pytest.fixture(scope="module")
+def short():
     """MixMatch epochs of three steps."""
-    monkeypatch.setattr(dbd.Config, "__init__", _with_three_steps(dbd.Config.__init__))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dbd.Config, "__init__", _with_three_steps(dbd.Config.__init__))
+        yield
 
 
 def _with_three_steps(init):
@@ -276,9 +278,16 @@ def run(folder, *flags):
     command.main([*RUN, "--out", str(folder / "d.pt"), "--results", str(folder / "results"), *flags])
 
 
-def test_a_run_that_was_cut_off_goes_on_with_the_same_bits(short, tmp_path, monkeypatch, capsys):
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    run(whole)
+@pytest.fixture(scope="module")
+def whole(short, tmp_path_factory):
+    """The folder of one finished run."""
+    folder = tmp_path_factory.mktemp("whole")
+    run(folder)
+    return folder
+
+
+def test_a_run_that_was_cut_off_goes_on_with_the_same_bits(whole, tmp_path, monkeypatch, capsys):
+    cut = tmp_path
     save, saved = utils.save_checkpoint, []
 
     def save_and_stop(checkpoint, path):
@@ -310,18 +319,17 @@ def test_the_trusted_share_of_the_poison_is_told():
     assert now == {"loss": 1.0, "poisoned_trusted": 0.25}
 
 
-def test_what_it_saves_is_measured_and_recorded(short, tmp_path):
-    run(tmp_path)
-    (path,) = (tmp_path / "results").iterdir()
+def test_what_it_saves_is_measured_and_recorded(whole):
+    (path,) = (whole / "results").iterdir()
     record = json.loads(path.read_text())
-    saved = utils.load_checkpoint(tmp_path / "d.pt")
+    saved = utils.load_checkpoint(whole / "d.pt")
     assert record["after"]["BA"] == saved["BA"]
     assert record["defense"] == "dbd"
     assert [len(record["history"][f"stage_{i}"]) for i in (1, 2, 3)] == [2, 2, 2]
     assert 0 <= record["history"]["stage_3"][-1]["poisoned_trusted"] <= 1
     assert (record["poisoned"], record["training_images"], record["settings"]["poison_rate"]) == (50, 500, 0.1)
     assert len(saved["poison_indices"]) == 50
-    model, _ = utils.load_model(tmp_path / "d.pt")
+    model, _ = utils.load_model(whole / "d.pt")
     assert model(torch.rand(2, 3, 32, 32)).shape == (2, 10)
 
 
