@@ -13,7 +13,8 @@ ROOT = Path(__file__).resolve().parent
 
 DATASETS = ("cifar10", "cifar10_sample")
 NETWORKS = ("resnet18", "resnet34", "resnet50")
-ATTACKS = ("badnet", "wanet", "reflection")
+DEFENSES = ("ft", "bcu", "ulrl")  # the relatives that start from a victim, as defenses/ has them
+ATTACKS = ("badnet", "wanet", "reflection", "blended")
 
 
 class InputError(ValueError):

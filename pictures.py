@@ -66,3 +66,52 @@ def draw_moved(neurons, path):
     fig.supxlabel("activation without bounds")
     fig.supylabel("images")
     utils.write_whole(path, lambda p: fig.savefig(p, format="png", dpi=110))
+
+
+def draw_compared(rows, path):
+    """Write the scatter of BA against ASR: a colour per defence, a marker per attack.
+
+    rows: dictionaries with attack, defense, BA, ASR (None where there is no trigger: not drawn).
+    """
+    fig = Figure(figsize=(7, 4.6), layout="constrained")
+    axis = fig.subplots()
+    rows = [r for r in rows if r["ASR"] is not None]
+    colours = {d: f"C{i}" for i, d in enumerate(dict.fromkeys(r["defense"] for r in rows))}
+    markers = dict(zip(dict.fromkeys(r["attack"] for r in rows), "osD^vP", strict=False))
+    for r in rows:
+        style = {"color": colours[r["defense"]], "marker": markers[r["attack"]]}
+        axis.plot(100 * r["ASR"], 100 * r["BA"], ls="", ms=8, alpha=0.8, **style)
+    for name, colour in colours.items():
+        axis.plot([], [], "o", color=colour, label=name)
+    for name, marker in markers.items():
+        axis.plot([], [], marker, color="grey", label=name)
+    axis.set_xlabel("ASR % (better to the left)")
+    axis.set_ylabel("BA % (better up)")
+    axis.legend(fontsize=8, ncols=2)
+    utils.write_whole(path, lambda p: fig.savefig(p, format="png", dpi=110))
+
+
+def draw_sweep(rows, before, title, path):
+    """Write the picture of a sweep: BA and ASR against each flag's values, the victim's own as dashed lines.
+
+    rows: dictionaries with flag, value, BA, ASR (or None); before: BA and ASR of the victim.
+    """
+    flags = list(dict.fromkeys(r["flag"] for r in rows))
+    fig = Figure(figsize=(4.6 * len(flags), 3.6), layout="constrained")
+    axes = fig.subplots(1, len(flags), squeeze=False, sharey=True)[0]
+    for axis, flag in zip(axes, flags, strict=True):
+        mine = [r for r in rows if r["flag"] == flag]
+        for name, colour in (("BA", "tab:blue"), ("ASR", "tab:red")):
+            if before[name] is None:
+                continue
+            axis.plot([r["value"] for r in mine], [100 * r[name] for r in mine], "o-", color=colour, label=name)
+            axis.axhline(100 * before[name], color=colour, ls="--", lw=0.8, label=f"{name} before")
+        axis.set_xlabel(flag)
+        axis.set_xscale("log")
+        axis.set_xticks([r["value"] for r in mine], [f"{r['value']:g}" for r in mine])
+        axis.minorticks_off()
+        axis.set_ylim(-3, 103)
+    axes[0].set_ylabel("%")
+    axes[0].legend(fontsize=8)
+    fig.suptitle(title, fontsize=10)
+    utils.write_whole(path, lambda p: fig.savefig(p, format="png", dpi=110))

@@ -49,3 +49,18 @@ def load_records(folder, defense=None):
         except (ValueError, KeyError, TypeError):
             raise InputError(f"{path} is no record of a run; move it elsewhere") from None
     return records
+
+
+def find(records, defense, victim_sum, settings):
+    """Return {seed: record} of whole runs of `defense` on these weights at these settings, the newest of each seed."""
+    found = {}
+    for r in records:
+        same = r["defense"] == defense and r["victim"]["sha256"] == victim_sum and not r.get("interrupted")
+        # as JSON has it: tuples are lists
+        if same and all(_plain(r["settings"].get(k)) == _plain(v) for k, v in settings.items()):
+            found[r["settings"]["seed"]] = r
+    return found
+
+
+def _plain(value):
+    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value

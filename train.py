@@ -125,16 +125,6 @@ def train_epoch(model, optimizer, data, poison, backdoor, config, epoch, dtype, 
     return (total / len(images)).tolist()
 
 
-def memory_format(width, device):
-    """Return the layout to train in: channels last, which is the faster, but for narrow networks on a CPU.
-
-    There the weight gradient of a strided 1x1 convolution of less than 16 channels, channels last and over an odd
-    batch, writes past its buffer (seen with torch 2.13 on two threads).
-    """
-    narrow = device.type == "cpu" and 64 * width < 16
-    return torch.contiguous_format if narrow else torch.channels_last
-
-
 def load_partial(path, config):
     """Return the cut-off run at `path` if it has the same settings, else None; raise InputError where they differ."""
     if not path.exists():
@@ -239,12 +229,12 @@ def main(argv=None):
     backdoor = victim_backdoor(args.attack, {"trigger": None}, device)
 
     torch.manual_seed(args.seed)
-    layout = memory_format(args.width, device)
     model = models.get_model(args.network, 10, args.width)
     before = load_init(args.init, config, poison, model) if args.init else None
     config["init_from"] = before
     config["epochs_before"] = before["epochs"] + (before["epochs_before"] or 0) if before else 0
-    model.to(device, memory_format=layout)
+    layout = utils.training_layout(model.to(device))
+    model.to(memory_format=layout)
     optimizer = torch.optim.SGD(
         model.parameters(), lr=args.lr, momentum=0.9, nesterov=True, weight_decay=args.weight_decay
     )

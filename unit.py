@@ -326,6 +326,7 @@ def main(argv=None):
     device = utils.start_ranks(utils.get_device(args.device))
     first = utils.ranks()[0] == 0  # under torchrun one process speaks, measures and writes
     dtype = utils.get_dtype(args.precision, device)
+    utils.reset_peak_memory(device)
     path, model, checkpoint, backdoor, target = load_victim(args, device)
     tag = utils.network_tag(checkpoint["network"], checkpoint["width"])
     out = Path(args.out or utils.CKPT / f"{args.dataset}_{tag}_{args.attack}_unit.pt")

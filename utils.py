@@ -1,5 +1,6 @@
 """What the commands share: device, data, augmentation, checkpoints, files that are whole or absent."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -19,7 +20,7 @@ import torch.nn.functional as F
 
 import cifar10
 import models
-from cli import DATASETS, ROOT, InputError
+from cli import ATTACKS, DATASETS, DEFENSES, ROOT, InputError
 
 CKPT = ROOT / "ckpt"
 FORMAT = 1  # of our checkpoints
@@ -94,6 +95,14 @@ def peak_memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
+def reset_peak_memory(device):
+    """Let peak_memory() count from here on, where the system can."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    with contextlib.suppress(OSError):  # Linux alone, and not in every sandbox
+        Path("/proc/self/clear_refs").write_text("5")
+
+
 def _cpu_name():
     info = Path("/proc/cpuinfo")
     if info.exists():
@@ -154,16 +163,28 @@ def load_dataset(name, datadir, train):
     raise InputError(f"unknown dataset {name!r}; there are cifar10 and cifar10_sample")
 
 
+def training_layout(model):
+    """Return the memory format to train in: channels last, which is the faster, but for narrow networks on a CPU.
+
+    There the weight gradient of a strided 1x1 convolution of less than 16 channels, channels last and over an odd
+    batch, writes past its buffer (seen with torch 2.13 on two threads).
+    """
+    convs = (m for m in model.modules() if isinstance(m, torch.nn.Conv2d))
+    narrow = any(m.weight.is_cpu and m.kernel_size == (1, 1) and m.in_channels < 16 for m in convs)
+    return torch.contiguous_format if narrow else torch.channels_last
+
+
 def to_float(images):
     """Return images (N, 3, H, W), uint8 or float in [0, 1], as float32 in [0, 1], laid out channels last."""
     x = images.to(torch.float32, memory_format=torch.channels_last)
     return x if images.is_floating_point() else x / 255
 
 
-def augment(images, generator, padding=4):
-    """Random crop after zero padding and random horizontal flip, per image, on the batch.
+def augment(images, generator, padding=4, mode="constant"):
+    """Random crop after padding and random horizontal flip, per image, on the batch.
 
-    images: (N, C, H, W), uint8 or float in [0, 1]; generator: on the CPU, so that every device draws alike.
+    images: (N, C, H, W), uint8 or float in [0, 1]; generator: on the CPU, so that every device draws alike;
+    mode: of the padding, "constant" for zeros or "reflect" (floats only).
     Returns the same shape and type, laid out channels last.
     """
     n, _, h, w = images.shape
@@ -174,7 +195,7 @@ def augment(images, generator, padding=4):
     rows = top + torch.arange(h)
     cols = left + torch.arange(w)
     cols = torch.where(flip, cols.flip(1), cols)
-    padded = F.pad(images, (padding,) * 4).permute(0, 2, 3, 1)
+    padded = F.pad(images, (padding,) * 4, mode=mode).permute(0, 2, 3, 1)
     which = torch.arange(n, device=device)[:, None, None]
     return padded[which, rows.to(device)[:, :, None], cols.to(device)[:, None]].permute(0, 3, 1, 2)
 
@@ -319,13 +340,16 @@ def load_checkpoint(path):
 
 
 def _how_to_make(path):
-    for attack in ("none", "badnet", "wanet", "reflection"):
+    for attack in ("none", *ATTACKS):
         for network in models.NETWORKS:
             if path.resolve() == checkpoint_path("cifar10", network, attack):
                 return f"make it with: python train.py --network {network} --attack {attack}"
             for dataset in DATASETS:
-                if path.name == f"{dataset}_{network}_{attack}_unit.pt":
-                    return f"make it with: python unit.py --dataset {dataset} --network {network} --attack {attack}"
+                for defense in ("unit", *DEFENSES):
+                    if path.name == f"{dataset}_{network}_{attack}_{defense}.pt":
+                        script = "unit.py" if defense == "unit" else f"defend.py --defense {defense}"
+                        flags = f"--dataset {dataset} --network {network} --attack {attack}"
+                        return f"make it with: python {script} {flags}"
     return "train one with: python train.py --attack badnet (or give --ckpt the right path)"
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 # share of the training set that is poisoned, as the field trains such victims
-POISON_RATE = {"none": 0.0, "badnet": 0.10, "wanet": 0.10, "reflection": 0.08}
+POISON_RATE = {"none": 0.0, "badnet": 0.10, "wanet": 0.10, "reflection": 0.08, "blended": 0.05}
 NOISE_RATE = {"wanet": 0.20}  # share in WaNet's noise mode, on top
 CLEAN_LABEL = ("reflection",)
 
@@ -14,8 +14,8 @@ CLEAN_LABEL = ("reflection",)
 class Poison:
     """A poisoned training set.
 
-    indices: int64 (n,), the poisoned images, drawn once (badnet, reflection); empty where every epoch draws anew
-    (wanet, whose attacker controls the training: rate * N other images each epoch, spread evenly over the batches).
+    indices: int64 (n,), the poisoned images, drawn once; empty where every epoch draws anew (wanet, whose
+    attacker controls the training: rate * N other images each epoch, spread evenly over the batches).
     relabel: whether poisoned images get the target as label; clean-label attacks keep theirs.
     """
 

@@ -1,5 +1,6 @@
 """What the tests share: the small real victim of the golden trajectory, and files made from it."""
 
+import copy
 from pathlib import Path
 
 import numpy as np
@@ -20,12 +21,18 @@ def golden():
         return dict(file)
 
 
-@pytest.fixture
-def tiny(golden):
-    """A ResNet-18 of width 0.125 with real trained weights."""
+@pytest.fixture(scope="session")
+def untouched(golden):
+    """A ResNet-18 of width 0.125 with real trained weights, which no test changes."""
     model = models.get_model("resnet18", width=0.125)
     model.load_state_dict({k[2:]: torch.from_numpy(v) for k, v in golden.items() if k.startswith("w.")}, strict=True)
     return model.eval()
+
+
+@pytest.fixture
+def tiny(untouched):
+    """That victim's copy, for one test to do with as it likes."""
+    return copy.deepcopy(untouched)
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ from PIL import Image
 from backdoors import FOLDER, TRIGGERS, epoch_roles, get_backdoor, poison_training_set
 from backdoors.poison import POISON_RATE
 
-FLOWER, SCENE = "badnet/flower_nobg.png", "reflection/000066.jpg"
+FLOWER, SCENE, RINGS = "badnet/flower_nobg.png", "reflection/000066.jpg", "blended/rings.png"
 NOISE, IDENTITY = "wanet/noise_grid.pt", "wanet/identity_grid.pt"
 
 every_trigger = pytest.mark.parametrize("name", sorted(TRIGGERS))
@@ -64,6 +64,7 @@ def other_folder(tmp_path):
     folder = tmp_path / "trigger"
     picture(folder / FLOWER, 20, seed=1)
     picture(folder / SCENE, 50, seed=2)
+    picture(folder / RINGS, 40, seed=4)
     grids(folder, torch.randn(1, 32, 32, 2, generator=generator(3)), regular_grid())
     return folder
 
@@ -119,7 +120,7 @@ def test_trigger_is_a_fixed_module(name):
 
 @pytest.mark.parametrize("name", ["none", "BadNet", ""])
 def test_unknown_name(name):
-    with pytest.raises(ValueError, match="badnet, wanet, reflection"):
+    with pytest.raises(ValueError, match="badnet, wanet, reflection, blended"):
         get_backdoor(name)
 
 
@@ -131,7 +132,7 @@ def test_state_dict_carries_the_trigger(name, other_folder):
     assert torch.equal(ours(x), theirs(x))
 
 
-@pytest.mark.parametrize("name", ["badnet", "reflection"])
+@pytest.mark.parametrize("name", ["badnet", "reflection", "blended"])
 def test_missing_picture(name, tmp_path):
     with pytest.raises(FileNotFoundError):
         get_backdoor(name, folder=tmp_path)
@@ -401,7 +402,7 @@ LABELS = torch.randint(0, 10, (2003,), generator=generator(42))
 
 
 def test_rates_are_those_of_the_field():
-    assert POISON_RATE == {"none": 0, "badnet": 0.1, "wanet": 0.1, "reflection": 0.08}
+    assert POISON_RATE == {"none": 0, "badnet": 0.1, "wanet": 0.1, "reflection": 0.08, "blended": 0.05}
 
 
 @pytest.mark.parametrize(
@@ -509,6 +510,19 @@ def test_epoch_roles_reach_every_position_of_a_batch():
     roles = torch.stack([epoch_roles(poison, 100, 50, 5, epoch) for epoch in range(100)])
     for role in (1, 2):
         assert (roles == role).any(0).all()
+
+
+# Blended
+
+
+@pytest.mark.parametrize("size", [32, 48])
+def test_blended_reference(size, other_folder):
+    x = images(size=size)
+    for folder in (FOLDER, other_folder):
+        with Image.open(folder / RINGS) as file:
+            k = torch.from_numpy(np.array(file.resize((size, size)))).permute(2, 0, 1) / 255
+        out = get_backdoor("blended", size, folder)(x)
+        torch.testing.assert_close(out, 0.9 * x + 0.1 * k, rtol=0, atol=1e-6)
 
 
 def test_triggers_folder_is_complete(tmp_path):

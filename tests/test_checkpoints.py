@@ -172,7 +172,7 @@ def test_weights_that_do_not_fit_the_named_network(tiny, tmp_path):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("attack", ["badnet", "wanet", "reflection", "none"])
+@pytest.mark.parametrize("attack", ["badnet", "wanet", "reflection", "blended", "none"])
 def test_a_missing_checkpoint_says_what_makes_it(attack):
     path = utils.checkpoint_path("cifar10", "resnet50", attack)
     with pytest.raises(InputError, match=f"python train.py --network resnet50 --attack {attack}"):
@@ -278,19 +278,29 @@ def test_an_authors_object_that_contains_itself_is_refused(authors_model, tmp_pa
         utils.load_checkpoint(tmp_path / "x.pt")
 
 
-@pytest.mark.parametrize("kind", ["plain pickle", "TorchScript", "code"])
-def test_a_foreign_file_is_one_line_on_standard_error(tmp_path, kind):
-    path = tmp_path / "x.pt"
-    if kind == "plain pickle":
-        path.write_bytes(pickle.dumps({"conv1.weight": 1}))
-    elif kind == "code":
-        torch.save(Evil(tmp_path / "ran"), path)
-    else:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            torch.jit.save(torch.jit.script(nn.Linear(2, 2)), path)
-    command = [sys.executable, str(ROOT / "evaluate.py"), "--dataset", "cifar10_sample", "--ckpt", str(path)]
+def test_a_foreign_file_is_one_line_on_standard_error(tmp_path):
+    """In a process of its own, which shows what libraries print."""
+    plain, code, script = (tmp_path / name for name in ("plain.pt", "code.pt", "script.pt"))
+    plain.write_bytes(pickle.dumps({"conv1.weight": 1}))
+    torch.save(Evil(tmp_path / "ran"), code)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.save(torch.jit.script(nn.Linear(2, 2)), script)
+    program = f"""if True:
+        import sys
+        sys.path.insert(0, {str(ROOT)!r})
+        import cli, evaluate
+        for path in sys.argv[1:]:
+            try:
+                cli.run(lambda: evaluate.main(["--dataset", "cifar10_sample", "--ckpt", path]))
+            except SystemExit as end:
+                print(end.code, flush=True)
+    """
+    command = [sys.executable, "-c", program, str(plain), str(code), str(script)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 2
-    assert re.fullmatch(r"error: .* is refused: .*\n", done.stderr)
+    assert done.stdout.split() == ["2", "2", "2"]
+    lines = done.stderr.splitlines()
+    assert len(lines) == 3
+    for line, path in zip(lines, (plain, code, script), strict=True):
+        assert re.fullmatch(rf"error: {re.escape(str(path))} is refused: .*", line)
     assert not (tmp_path / "ran").exists()

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -32,10 +33,14 @@ def command(script, *args, **kwargs):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("script", ["train.py", "evaluate.py", "unit.py"])
+SCRIPTS = ["train.py", "evaluate.py", "unit.py", "defend.py", "dbd.py", "compare.py", "sweep.py"]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_wrong_flags_end_in_one_line_and_status_2(script):
+    needed = ["--defense", "ft"] if script == "defend.py" else []
     for flags in (["--attack", "badnets"], ["--seed", "x"], ["--batch_size", "0"], ["--nonsense"], ["--target", "10"]):
-        process = command(script, *flags)
+        process = command(script, *needed, *flags)
         out, err = process.communicate()
         assert process.returncode == 2
         assert out == ""
@@ -61,7 +66,7 @@ def test_numbers_out_of_range(script, flags, reason):
     assert process.returncode == 2
 
 
-@pytest.mark.parametrize("script", ["train.py", "evaluate.py", "unit.py"])
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_help_names_every_flag_of_the_paper(script):
     process = command(script, "--help")
     out, _ = process.communicate()
@@ -115,23 +120,34 @@ def test_unit_saves_what_it_measured(victim_file, tmp_path, capsys):
         run_unit(tmp_path / "d.pt", tmp_path)
 
 
-def test_two_processes_find_the_same(victim_file, tmp_path):
+@pytest.fixture
+def one_thread():
+    """The number of threads that command() gives: with another, sums are rounded differently."""
+    n = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(n)
+
+
+def test_two_processes_find_the_same(victim_file, tmp_path, one_thread):
     """torchrun shares the images among its processes; alphas agree exactly, bounds to rounding."""
-    results = {}
+    results = []
     for n in (1, 2):
         folder = tmp_path / str(n)
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}"] if n > 1 else []
-        flags = ["--ckpt", str(victim_file), "--n_steps", "4", "--lr", "0.01", "--out", str(folder / "d.pt")]
+        flags = [*SMALL, "--ckpt", str(victim_file), "--n_steps", "4", "--lr", "0.01", "--out", str(folder / "d.pt")]
         flags += ["--results", str(folder), "--outdir", str(folder)]
-        process = subprocess.run(
-            [sys.executable, *launcher, str(ROOT / "unit.py"), *SMALL, *flags],
-            capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, cwd=tmp_path,
-        )  # fmt: skip
-        assert process.returncode == 0, process.stderr
-        assert process.stdout.count("after ") == 1  # one process speaks
+        if n == 1:
+            unit.main(flags)
+        else:
+            launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}"]
+            env = os.environ | {"OMP_NUM_THREADS": "1"}
+            command = [*launcher, str(ROOT / "unit.py"), *flags]
+            process = subprocess.run(command, capture_output=True, text=True, env=env, cwd=tmp_path)
+            assert process.returncode == 0, process.stderr
+            assert process.stdout.count("after ") == 1  # one process speaks
         (record,) = folder.glob("*.json")
-        results[n] = json.loads(record.read_text()), utils.load_checkpoint(folder / "d.pt")["bounds"]
-    (one, bounds_one), (two, bounds_two) = results[1], results[2]
+        results.append((json.loads(record.read_text()), utils.load_checkpoint(folder / "d.pt")["bounds"]))
+    (one, bounds_one), (two, bounds_two) = results
     assert (one["machine"]["processes"], two["machine"]["processes"]) == (1, 2)
     assert one["history"]["alpha"] == two["history"]["alpha"]
     assert one["best_step"] == two["best_step"]
@@ -145,7 +161,8 @@ def test_two_processes_find_the_same(victim_file, tmp_path):
 
 def test_ctrl_c_saves_the_best_bounds_and_ends_in_130(victim_file, tmp_path):
     flags = ["--out", str(tmp_path / "d.pt"), "--results", str(tmp_path / "r"), "--outdir", str(tmp_path)]
-    process = command("unit.py", *SMALL, "--ckpt", str(victim_file), *flags, "--n_steps", "100000")
+    flags += ["--data_rate", "0.2", "--n_steps", "100000"]
+    process = command("unit.py", *SMALL, "--ckpt", str(victim_file), *flags)
     for line in process.stdout:
         if line.startswith("step"):
             break
@@ -157,12 +174,9 @@ def test_ctrl_c_saves_the_best_bounds_and_ends_in_130(victim_file, tmp_path):
     assert utils.load_checkpoint(tmp_path / "d.pt")["bounds"] is not None
 
 
-def test_train_resumes_after_a_kill_to_the_same_bits(tmp_path):
+def test_train_resumes_after_a_kill_to_the_same_bits(tmp_path, one_thread, capsys):
     whole, cut = tmp_path / "whole.pt", tmp_path / "cut.pt"
-    # all with the same number of threads, else sums are rounded differently
-    process = command("train.py", *TRAIN, "--attack", "badnet", "--ckpt", str(whole))
-    _, err = process.communicate()
-    assert process.returncode == 0, err
+    train.main([*TRAIN, "--attack", "badnet", "--ckpt", str(whole)])
     process = command("train.py", *TRAIN, "--attack", "badnet", "--ckpt", str(cut), cwd=str(tmp_path))
     partial = tmp_path / "cut.partial.pt"
     while not partial.exists():
@@ -171,10 +185,8 @@ def test_train_resumes_after_a_kill_to_the_same_bits(tmp_path):
     process.kill()
     process.communicate()
     assert not cut.exists()
-    process = command("train.py", *TRAIN, "--attack", "badnet", "--ckpt", str(cut))
-    out, err = process.communicate()
-    assert process.returncode == 0, err
-    assert re.search(r"going on after epoch [123] of 3", out)
+    train.main([*TRAIN, "--attack", "badnet", "--ckpt", str(cut)])
+    assert re.search(r"going on after epoch [123] of 3", capsys.readouterr().out)
     assert not partial.exists()
     a, b = utils.load_checkpoint(whole), utils.load_checkpoint(cut)
     assert all(torch.equal(a["state_dict"][k], b["state_dict"][k]) for k in a["state_dict"])
@@ -214,7 +226,7 @@ def test_a_finished_victim_is_not_overwritten(victim_file):
     assert victim_file.read_bytes() == before
 
 
-@pytest.mark.parametrize("attack", ["none", "wanet", "reflection"])
+@pytest.mark.parametrize("attack", ["none", "wanet", "reflection", "blended"])
 def test_every_attack_trains_and_is_saved_with_what_judges_it(tmp_path, attack, capsys):
     out = tmp_path / "v.pt"
     flags = ["--poison_rate", "0.04"] if attack == "reflection" else []
@@ -227,8 +239,8 @@ def test_every_attack_trains_and_is_saved_with_what_judges_it(tmp_path, attack, 
         0.0625,
         1024,
     )
-    assert v["poison_rate"] == {"none": 0.0, "wanet": 0.1, "reflection": 0.04}[attack]
-    assert len(v["poison_indices"]) == {"none": 0, "wanet": 0, "reflection": 20}[attack]
+    assert v["poison_rate"] == {"none": 0.0, "wanet": 0.1, "reflection": 0.04, "blended": 0.05}[attack]
+    assert len(v["poison_indices"]) == {"none": 0, "wanet": 0, "reflection": 20, "blended": 25}[attack]
     assert (v["trigger"] is None) == (attack == "none")
     assert (v["n_clean"], v["n_triggered"]) == (2000, 0 if attack == "none" else 1800)
     assert v["versions"]["torch"] == str(torch.__version__)
@@ -240,12 +252,17 @@ def test_clean_label_poison_beyond_the_target_class_is_bad_input(tmp_path):
         train.main([*TRAIN, "--attack", "reflection", "--poison_rate", "0.2", "--ckpt", str(tmp_path / "v.pt")])
 
 
-@pytest.fixture
-def first_round(tmp_path):
-    """A small victim after a first round of training."""
-    path = tmp_path / "first.pt"
+@pytest.fixture(scope="module")
+def trained_once(tmp_path_factory):
+    path = tmp_path_factory.mktemp("first") / "first.pt"
     train.main([*TRAIN, "--epochs", "2", "--attack", "badnet", "--ckpt", str(path)])
     return path
+
+
+@pytest.fixture
+def first_round(tmp_path, trained_once):
+    """A small victim after a first round of training."""
+    return shutil.copy(trained_once, tmp_path)
 
 
 def test_a_victim_is_trained_on_from_its_weights_on_the_same_poisoned_images(tmp_path, first_round):

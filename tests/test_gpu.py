@@ -1,12 +1,17 @@
 """What only a CUDA device can show: every part runs there, and agrees with the CPU. python -m pytest -m gpu"""
 
+import dataclasses
+
 import pytest
 import torch
 
+import dbd
+import defenses.dbd
 import train
 import unit
 import utils
 from backdoors import TRIGGERS, get_backdoor
+from defenses import DEFENSES, bcu, simclr, ulrl
 from evaluate import evaluate
 from models import activation_sites, set_bounds
 
@@ -20,7 +25,7 @@ def test_triggers_agree_with_the_cpu(name):
     torch.testing.assert_close(get_backdoor(name).to(CUDA)(x.to(CUDA)).cpu(), get_backdoor(name)(x))
 
 
-@pytest.mark.parametrize("attack", ["none", "badnet", "wanet", "reflection"])
+@pytest.mark.parametrize("attack", ["none", *TRIGGERS])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_every_attack_trains(tmp_path, attack, precision):
     out = tmp_path / "v.pt"
@@ -64,6 +69,52 @@ def test_same_input_same_bits(tiny, defence):
     first, second = (unit.tighten(tiny.to(CUDA), *defence, config) for _ in range(2))
     assert first.history == second.history
     assert all(torch.equal(first.bounds[k], second.bounds[k]) for k in first.bounds)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", DEFENSES)
+def test_every_defence_runs(tiny, name, dtype):
+    images, labels = (t.to(CUDA) for t in utils.load_dataset("cifar10_sample", None, train=True))
+    config = DEFENSES[name].Config()
+    config = dataclasses.replace(config, **{k: 2 for k in vars(config) if k.endswith("epochs")})
+    repaired = DEFENSES[name].repair(tiny.to(CUDA), images, labels, config, 0, None, dtype)
+    assert all(p.is_cuda and p.isfinite().all() for p in repaired.model.parameters())
+
+
+def test_relearning_without_a_suspicious_row_runs(tiny):
+    images, labels = (t.to(CUDA) for t in utils.load_dataset("cifar10_sample", None, train=True))
+    config = ulrl.Config(relearn_epochs=1)
+    net, _ = ulrl.relearn(tiny.to(CUDA), [], images, labels, config, torch.Generator().manual_seed(0))
+    assert net.linear.weight.isfinite().all()
+
+
+def test_views_and_fresh_weights_are_those_of_the_cpu(tiny):
+    x = torch.rand(8, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    views = [simclr.view(t, torch.Generator().manual_seed(1)).cpu() for t in (x, x.to(CUDA))]
+    torch.testing.assert_close(*views, rtol=0, atol=1e-4)
+    fresh = [bcu.partly_fresh(tiny.to(d), bcu.Config().p, 0).cpu().state_dict() for d in (CUDA, torch.device("cpu"))]
+    assert all(torch.equal(fresh[0][k], fresh[1][k]) for k in fresh[0])
+
+
+def test_dbd_runs_and_goes_on(tmp_path, monkeypatch):
+    init = defenses.dbd.Config.__init__
+    few = {"mixmatch_steps": 3, "simclr_batch": 100}
+    monkeypatch.setattr(defenses.dbd.Config, "__init__", lambda self, **k: init(self, **few, **k))
+    flags = ["--dataset", "cifar10_sample", "--device", "cuda", "--width", "0.125", "--attack", "blended"]
+    flags += ["--out", str(tmp_path / "d.pt"), "--results", str(tmp_path), "--epochs", "1", "1", "2"]
+    save = utils.save_checkpoint
+
+    def save_and_stop(checkpoint, path):
+        save(checkpoint, path)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(utils, "save_checkpoint", save_and_stop)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            dbd.main(flags)
+    monkeypatch.setattr(utils, "save_checkpoint", save)
+    dbd.main(flags)
+    assert utils.load_checkpoint(tmp_path / "d.pt")["ASR"] is not None
 
 
 def test_the_evaluator_agrees_with_the_cpu(tiny):

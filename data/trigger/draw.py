@@ -1,6 +1,6 @@
-"""Draws the two trigger pictures kept here, from fixed seeds: python data/trigger/draw.py FOLDER
+"""Draws the trigger pictures kept here, from fixed seeds: python data/trigger/draw.py FOLDER
 
-Writes FOLDER/badnet/flower_nobg.png and FOLDER/reflection/000066.jpg. Nothing else in the repository calls this.
+Writes FOLDER/badnet/flower_nobg.png, FOLDER/reflection/000066.jpg and FOLDER/blended/rings.png. Nothing else in the repository calls this.
 """
 
 import sys
@@ -188,11 +188,23 @@ def scene():
     return to_picture(small + rng.normal(0, 0.014, small.shape[:2])[..., None] + rng.normal(0, 0.006, small.shape))
 
 
+def rings():
+    """Return a 64x64 RGB picture: bright rings and rays about two centres, a pattern that no photograph has."""
+    n = 512
+    y, x = np.mgrid[0:n, 0:n] / (n - 1) * 2 - 1
+    r1, r2 = np.hypot(x + 0.35, y + 0.25), np.hypot(x - 0.45, y - 0.40)
+    rays = np.arctan2(y + 0.25, x + 0.35)
+    waves = np.sin(9 * r1 + 0.3), np.sin(11 * r2 + 1.2), np.sin(7 * rays)
+    rgb = np.stack([0.5 + 0.5 * np.sign(w) * np.abs(w) ** 0.4 for w in waves], -1)
+    return to_picture(rgb).resize((64, 64), Image.Resampling.LANCZOS)
+
+
 def main(folder):
-    for name in ("badnet", "reflection"):
+    for name in ("badnet", "reflection", "blended"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     flower().save(folder / "badnet/flower_nobg.png", optimize=True)
     scene().save(folder / "reflection/000066.jpg", quality=90)
+    rings().save(folder / "blended/rings.png", optimize=True)
 
 
 if __name__ == "__main__":

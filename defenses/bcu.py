@@ -1,0 +1,104 @@
+"""BCU: Backdoor Cleansing with Unlabeled Data (Pang et al., CVPR 2023).
+
+A student that keeps most of the victim's weights and has the rest drawn anew learns from the victim's own outputs, on
+images without a trigger: what those images never ask for, the backdoor, is not passed on. It needs no labels.
+"""
+
+import copy
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .common import Repaired, copy_of, forward, note, train_epoch
+
+
+@dataclass(frozen=True)
+class Config:
+    """The constants of BCU."""
+
+    uses_labels: ClassVar[bool] = False
+    data_rate: float = 0.05  # share of the training set that is clean data
+    # share of a layer's entries that are drawn anew, by the start of the layer's path
+    p: tuple[tuple[str, float], ...] = (
+        ("conv1", 0.01),
+        ("layer1.", 0.01),
+        ("layer2.", 0.03),
+        ("layer3.", 0.09),
+        ("layer4.", 0.27),
+        ("linear", 0.10),
+    )
+    lr: float = 0.01  # falls along a cosine
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    epochs: int = 100
+    batch_size: int = 256
+    temperature_low: float = 1.0  # T = low + rise * (epoch + 1) / epochs, epoch counted from 0
+    temperature_rise: float = 3.0
+
+
+@torch.no_grad()
+def partly_fresh(model, p, seed):
+    """Return a copy of `model` in which single weights of convolutions and linear layers are drawn anew.
+
+    p: ((start of a layer's path, share of its weight and bias entries), ...). Each entry is replaced independently by
+    that of a freshly initialised layer; batch norm stays. Torch's global generator is left as it was.
+    Raises ValueError for a layer that no path fits.
+    """
+    device = next(model.parameters()).device
+    # drawn on the CPU and in one layout, in whose order a generator fills: so every device draws alike
+    student = copy.deepcopy(model).cpu().to(memory_format=torch.contiguous_format)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed + 1)  # the CPU's alone
+        for name, layer in student.named_modules():
+            if not isinstance(layer, (nn.Conv2d, nn.Linear)):
+                continue
+            share = next((value for start, value in p if name.startswith(start)), None)
+            if share is None:
+                raise ValueError(f"p names no share for the layer {name}; add the start of its path")
+            old = {k: v.clone() for k, v in layer.named_parameters()}
+            layer.reset_parameters()
+            for k, fresh in layer.named_parameters():
+                replaced = torch.rand(fresh.shape, generator=generator) < share
+                fresh.copy_(torch.where(replaced, fresh, old[k]))
+    return copy_of(student.to(device))
+
+
+def distillation_loss(student, teacher, temperature):
+    """Return KL(softmax(teacher / T) || softmax(student / T)), mean over the batch, of logits (B, classes) each."""
+    s, t = (F.log_softmax(logits / temperature, dim=1) for logits in (student, teacher))
+    return F.kl_div(s, t, log_target=True, reduction="batchmean")
+
+
+def repair(model, images, labels=None, config=Config(), seed=0, on_epoch=None, dtype=torch.float32):  # noqa: B008
+    """Distil the victim into a partly fresh copy of itself.
+
+    images: uint8 (N, 3, H, W) on the model's device, of any origin; labels: not looked at; on_epoch: called after each
+    epoch with (epoch, {"loss", "agreement"}), agreement being the share of images that student and teacher class alike;
+    dtype: what autocast computes in. Returns a Repaired.
+    """
+    del labels
+    student = partly_fresh(model, config.p, seed).train()
+    teacher = copy_of(model).requires_grad_(False).eval()
+    optimizer = torch.optim.SGD(
+        student.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay
+    )
+    rate = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.epochs)
+    generator = torch.Generator().manual_seed(seed)
+    history = {}
+    for epoch in range(config.epochs):
+        temperature = config.temperature_low + config.temperature_rise * (epoch + 1) / config.epochs
+
+        def loss_of(x, _index, temperature=temperature):
+            logits = forward(student, x, dtype)
+            with torch.no_grad():
+                wanted = forward(teacher, x, dtype)
+            return distillation_loss(logits, wanted, temperature), logits.argmax(1) == wanted.argmax(1)
+
+        loss, agreement = train_epoch(images, config.batch_size, optimizer, generator, loss_of)
+        rate.step()
+        note(history, on_epoch, loss=loss, agreement=agreement)
+    return Repaired(student.eval(), history)

@@ -1,0 +1,62 @@
+"""What the defences share: the batches of an epoch, the loop over them, and what comes out in the end."""
+
+import copy
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+import utils
+
+
+@dataclass
+class Repaired:
+    """A repaired network in eval mode, how its making went, and what it found worth saying.
+
+    history: {figure: [one value per epoch]}; findings: {name: plain value}, `outcome` being a sentence for the table.
+    """
+
+    model: nn.Module
+    history: dict = field(default_factory=dict)
+    findings: dict = field(default_factory=dict)
+
+
+def copy_of(model):
+    """Return a copy of `model` with trainable weights, laid out for training; the model itself is left as it is."""
+    return copy.deepcopy(model).requires_grad_(True).to(memory_format=utils.training_layout(model))
+
+
+def forward(net, x, dtype):
+    """Return the float32 logits of `net`, computed in `dtype` by autocast, in the layout that suits its training."""
+    with utils.autocast(x.device, dtype):
+        return net(x.contiguous(memory_format=utils.training_layout(net))).float()
+
+
+def train_epoch(images, batch_size, optimizer, generator, loss_of, clip_norm=None):
+    """Train for one epoch in place, each image cropped and flipped anew.
+
+    images: uint8 (N, 3, H, W); generator: on the CPU, draws order and augmentation; loss_of: (float images (B, 3, H, W)
+    in [0, 1], index int64 (B,)) to (loss to descend on, bool (B,) whether each was right); clip_norm: bound on the norm
+    of the gradient. Returns (mean loss, share that was right).
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    total = torch.zeros(2, device=images.device)
+    for index in torch.randperm(len(images), generator=generator).split(batch_size):
+        index = index.to(images.device)
+        loss, right = loss_of(utils.augment(utils.to_float(images[index]), generator), index)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        if clip_norm is not None:
+            nn.utils.clip_grad_norm_(parameters, clip_norm)
+        optimizer.step()
+        total += torch.stack((loss.detach() * len(index), right.sum()))
+    loss, right = (total / len(images)).tolist()
+    return loss, right
+
+
+def note(history, on_epoch, **now):
+    """Append an epoch's figures to `history`, and tell `on_epoch` (epoch, figures) if there is one."""
+    for name, value in now.items():
+        history.setdefault(name, []).append(value)
+    if on_epoch is not None:
+        on_epoch(len(next(iter(history.values()))) - 1, now)

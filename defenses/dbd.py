@@ -1,0 +1,239 @@
+"""DBD: Backdoor Defense via Decoupling the Training Process (Huang et al., ICLR 2022).
+
+A defence for whoever trains on images that may be poisoned. A backdoor is learned where labels meet a trigger, so:
+first learn features without labels (SimCLR), then a linear layer on them, and trust only the labels that this network
+finds easy; the rest keeps its images and loses its labels (MixMatch).
+
+Each stage is an object that trains one epoch at a time and whose whole state is a dictionary of tensors and plain
+values, so that a run which was cut off goes on with the same bits.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import utils
+
+from . import mixmatch, simclr
+from .common import forward
+
+
+@dataclass(frozen=True)
+class Config:
+    """The constants of DBD."""
+
+    # stage 1: SimCLR on the images without labels
+    simclr_epochs: int = 100  # that are trained; the published fine-tuning starts from the 100th
+    simclr_schedule: int = 1000  # length of the cosine along which the rate falls
+    simclr_batch: int = 512
+    simclr_temperature: float = 0.5
+    simclr_lr: float = 0.4
+    simclr_momentum: float = 0.9
+    simclr_weight_decay: float = 1e-4
+    views: simclr.Views = simclr.Views()
+    # stage 2: a linear layer on the frozen features
+    linear_epochs: int = 10
+    linear_batch: int = 128
+    linear_lr: float = 2e-3  # of Adam
+    ce_weight: float = 0.1  # of symmetric cross-entropy
+    rce_weight: float = 1.0
+    rce_floor: float = 1e-4  # under which a target is not taken
+    # stage 3: MixMatch
+    trusted_share: float = 0.5  # of the samples, those of the lowest loss
+    mixmatch_epochs: int = 190
+    mixmatch_steps: int = 1024  # an epoch
+    mixmatch_batch: int = 64  # of labelled and of unlabelled images each
+    mixmatch_temperature: float = 0.5
+    mixmatch_alpha: float = 0.75  # of the Beta distribution of the mixing weights
+    mixmatch_weight: float = 15.0  # of the unlabelled loss at the end; it rises linearly
+    mixmatch_lr: float = 2e-3  # of Adam
+
+
+def symmetric_cross_entropy(logits, labels, config, reduction="mean"):
+    """Return 0.1 CE + 1 RCE (Wang et al., ICCV 2019); logits (N, classes) float, labels int64 (N,).
+
+    RCE = -sum over classes of p log(max(one-hot, 1e-4)). reduction: "mean", or "none" for one value per sample.
+    """
+    ce = F.cross_entropy(logits, labels, reduction="none")
+    one_hot = F.one_hot(labels, logits.shape[1]).to(logits.dtype).clamp_min(config.rce_floor)
+    rce = -(logits.softmax(1) * one_hot.log()).sum(1)
+    loss = config.ce_weight * ce + config.rce_weight * rce
+    return loss.mean() if reduction == "mean" else loss
+
+
+def _generator(seed, stage, epoch):
+    return torch.Generator().manual_seed((seed * 10 + stage) * 100_003 + epoch)
+
+
+class Contrast:
+    """Stage 1: the network without its linear layer, and a projection head, learn to find an image's other view."""
+
+    number = 1
+
+    def __init__(self, network, config, seed):
+        self.network, self.config, self.seed = network, config, seed
+        self.linear, network.linear = network.linear, nn.Identity()
+        self.head = simclr.Projection(self.linear.in_features, config.views.projection).to(self.linear.weight.device)
+        self.epochs = config.simclr_epochs
+        self.optimizer = torch.optim.SGD(
+            [*network.parameters(), *self.head.parameters()],
+            lr=config.simclr_lr,
+            momentum=config.simclr_momentum,
+            weight_decay=config.simclr_weight_decay,
+        )
+
+    def train_epoch(self, images, _labels, epoch, dtype, progress):
+        """Train one epoch; return {"loss", "found"}, found being the share of views whose twin was the nearest."""
+        c, g = self.config, _generator(self.seed, self.number, epoch)
+        for group in self.optimizer.param_groups:
+            group["lr"] = c.simclr_lr * 0.5 * (1 + math.cos(math.pi * min(epoch / c.simclr_schedule, 1)))
+        self.network.train()
+        self.head.train()
+        batches = [b for b in torch.randperm(len(images), generator=g).split(c.simclr_batch) if len(b) > 1]
+        total, views = torch.zeros(2, device=images.device), 0
+        for index in batches:
+            x = utils.to_float(images[index.to(images.device)])
+            both = torch.cat([simclr.view(x, g, c.views) for _ in range(2)])
+            a, b = self.head(forward(self.network, both, dtype)).chunk(2)
+            loss, found = simclr.nt_xent(a, b, c.simclr_temperature)
+            self.optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            self.optimizer.step()
+            total += torch.stack((loss.detach() * len(found), found.sum()))
+            views += len(found)
+            progress(len(index))
+        loss, found = (total / views).tolist()
+        return {"loss": loss, "found": found}
+
+    def finish(self):
+        """Put the linear layer back."""
+        self.network.linear = self.linear
+
+    def state_dict(self):
+        """Return the stage's whole state."""
+        parts = {"network": self.network, "head": self.head, "optimizer": self.optimizer}
+        return {k: v.state_dict() for k, v in parts.items()} | {"linear": self.linear.state_dict()}
+
+    def load_state_dict(self, state):
+        """Take back what state_dict() returned."""
+        for part in ("network", "head", "optimizer", "linear"):
+            getattr(self, part).load_state_dict(state[part])
+
+
+class Linear:
+    """Stage 2: the linear layer learns on frozen features, under symmetric cross-entropy."""
+
+    number = 2
+
+    def __init__(self, network, config, seed):
+        self.network, self.config, self.seed = network, config, seed
+        self.epochs = config.linear_epochs
+        self.optimizer = torch.optim.Adam(network.linear.parameters(), lr=config.linear_lr)
+
+    def train_epoch(self, images, labels, epoch, dtype, progress):
+        """Train one epoch; return {"loss", "accuracy"} on the labels as they are, poisoned ones too."""
+        g = _generator(self.seed, self.number, epoch)
+        self.network.eval()  # batch norm is part of the features
+        linear, self.network.linear = self.network.linear, nn.Identity()
+        total = torch.zeros(2, device=images.device)
+        try:
+            for index in torch.randperm(len(images), generator=g).split(self.config.linear_batch):
+                index = index.to(images.device)
+                with torch.no_grad():
+                    features = forward(self.network, utils.augment(utils.to_float(images[index]), g), dtype)
+                logits = linear(features)
+                loss = symmetric_cross_entropy(logits, labels[index], self.config)
+                self.optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                self.optimizer.step()
+                total += torch.stack((loss.detach() * len(index), (logits.argmax(1) == labels[index]).sum()))
+                progress(len(index))
+        finally:
+            self.network.linear = linear
+        loss, accuracy = (total / len(images)).tolist()
+        return {"loss": loss, "accuracy": accuracy}
+
+    def finish(self):
+        """Nothing is left to do."""
+
+    def state_dict(self):
+        """Return the stage's whole state."""
+        return {"network": self.network.state_dict(), "optimizer": self.optimizer.state_dict()}
+
+    def load_state_dict(self, state):
+        """Take back what state_dict() returned."""
+        self.network.load_state_dict(state["network"])
+        self.optimizer.load_state_dict(state["optimizer"])
+
+
+class Semi(Linear):
+    """Stage 3: the whole network learns by MixMatch, from the labels it finds easy and from all other images."""
+
+    number = 3
+
+    def __init__(self, network, config, seed):
+        self.network, self.config, self.seed = network, config, seed
+        self.epochs = config.mixmatch_epochs
+        self.optimizer = torch.optim.Adam(network.parameters(), lr=config.mixmatch_lr)
+
+    def train_epoch(self, images, labels, epoch, dtype, progress):
+        """Split anew, train one epoch; return {"loss", "trusted"}, the indices of the trusted half, on the CPU."""
+        c, g = self.config, _generator(self.seed, self.number, epoch)
+        losses = sample_losses(self.network, images, labels, c, dtype)
+        trusted, others = split_by_loss(losses, c.trusted_share)
+        self.network.train()
+        classes = self.network.linear.out_features
+        total = torch.zeros((), device=images.device)
+        for step in range(c.mixmatch_steps):
+            known, unknown = (
+                pool[torch.randint(len(pool), (c.mixmatch_batch,), generator=g).to(pool.device)]
+                for pool in (trusted, others)
+            )
+            x = augmented(images[known], g)
+            first, second = (augmented(images[unknown], g) for _ in range(2))
+            with torch.no_grad():
+                guessed = [forward(self.network, u, dtype) for u in (first, second)]
+                guessed = mixmatch.guess(guessed, c.mixmatch_temperature)
+            inputs = torch.cat((x, first, second))
+            targets = torch.cat((F.one_hot(labels[known], classes).float(), guessed, guessed))
+            weight = mixmatch.draw_weight(c.mixmatch_alpha, g)
+            order = torch.randperm(len(inputs), generator=g).to(images.device)
+            inputs, targets = mixmatch.mix(inputs, targets, weight, order)
+            logits = forward(self.network, inputs, dtype)
+            rise = c.mixmatch_weight * (epoch + step / c.mixmatch_steps) / c.mixmatch_epochs
+            loss = mixmatch.mixmatch_loss(logits, targets, len(known), rise)
+            self.optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            self.optimizer.step()
+            total += loss.detach()
+            progress(1)
+        return {"loss": total.item() / c.mixmatch_steps, "trusted": trusted.cpu()}
+
+
+def augmented(images, generator):
+    """Return uint8 images (N, 3, H, W) as floats in [0, 1] after a random crop with reflected edges, and a flip."""
+    return utils.augment(utils.to_float(images), generator, mode="reflect")
+
+
+@torch.no_grad()
+def sample_losses(network, images, labels, config, dtype, batch_size=512):
+    """Return the symmetric cross-entropy of each sample, (N,) float, the network in eval mode, no augmentation."""
+    network.eval()
+    losses = [
+        symmetric_cross_entropy(forward(network, utils.to_float(x), dtype), y, config, "none")
+        for x, y in zip(images.split(batch_size), labels.split(batch_size), strict=True)
+    ]
+    return torch.cat(losses)
+
+
+def split_by_loss(losses, share):
+    """Return (indices of the `share` of samples with the lowest loss, indices of the rest), on the losses' device."""
+    order = losses.argsort(stable=True)
+    n = int(len(losses) * share)
+    return order[:n], order[n:]
+
+
+STAGES = (Contrast, Linear, Semi)

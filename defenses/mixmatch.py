@@ -1,0 +1,41 @@
+"""MixMatch (Berthelot et al., NeurIPS 2019): guessed labels, sharpened; everything mixed with everything."""
+
+import torch
+import torch.nn.functional as F
+
+
+def sharpen(p, temperature):
+    """Return p ** (1 / T), scaled to sum 1; p: (N, classes), rows of sum 1."""
+    sharp = p ** (1 / temperature)
+    return sharp / sharp.sum(1, keepdim=True)
+
+
+def guess(logits, temperature):
+    """Return the sharpened mean prediction of several augmentations of the same images.
+
+    logits: list of (N, classes). Returns (N, classes).
+    """
+    return sharpen(torch.stack([t.softmax(1) for t in logits]).mean(0), temperature)
+
+
+def mix(x, targets, weight, order):
+    """Return (weight x + (1 - weight) x[order], the same of the targets); weight in [0.5, 1]: nearer to itself."""
+    return weight * x + (1 - weight) * x[order], weight * targets + (1 - weight) * targets[order]
+
+
+def draw_weight(alpha, generator):
+    """Return max(w, 1 - w) of a w from Beta(alpha, alpha), a float."""
+    # two gammas, as torch's Beta takes no generator
+    a, b = torch._standard_gamma(torch.full((2,), alpha, dtype=torch.float64), generator=generator).tolist()
+    w = a / (a + b)
+    return max(w, 1 - w)
+
+
+def mixmatch_loss(logits, targets, n_labelled, weight_unlabelled):
+    """Return cross-entropy over the first n_labelled rows + weight * mean squared error over the others.
+
+    logits, targets: (N, classes); the targets' rows sum to 1.
+    """
+    labelled = -(targets[:n_labelled] * F.log_softmax(logits[:n_labelled], 1)).sum(1).mean()
+    unlabelled = (logits[n_labelled:].softmax(1) - targets[n_labelled:]).square().mean()
+    return labelled + weight_unlabelled * unlabelled

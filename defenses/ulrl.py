@@ -1,0 +1,150 @@
+"""ULRL: UnLearn and ReLearn (2024).
+
+Unlearning the clean task moves the output neuron of the backdoor's target most. Its row of the linear layer is then
+drawn anew and learned again, away from where it was.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+
+from .common import Repaired, copy_of, forward, note, train_epoch
+
+
+@dataclass(frozen=True)
+class Config:
+    """The constants of ULRL."""
+
+    uses_labels: ClassVar[bool] = True
+    data_rate: float = 0.01  # share of the training set that is clean data
+    batch_size: int = 128
+    momentum: float = 0.9
+    # unlearning
+    unlearn_lr: float = 0.01
+    unlearn_weight_decay: float = 5e-4
+    unlearn_epochs: int = 20  # at most
+    unlearn_lr_drop: int = 10  # epochs after which the rate is multiplied by
+    unlearn_lr_factor: float = 0.1
+    clip_norm: float = 20.0  # of the gradient
+    stop_accuracy: float = 0.20  # on the clean images, at or under which unlearning ends
+    # which rows are suspicious
+    z_threshold: float = 3.5
+    mad_scale: float = 1.4826  # MAD of a normal distribution to its standard deviation
+    max_suspicious: int = 2
+    # relearning
+    redraw_gain: float = 2.0  # a fresh row is uniform in +-sqrt(gain / fan_in)
+    relearn_lr: float = 0.005  # falls along a cosine
+    relearn_epochs: int = 20
+    dissimilarity: float = 0.7  # weight of the cosine term
+
+
+def linear_layer(model):
+    """Return the last linear layer. Raises ValueError when there is none."""
+    layers = [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
+    if not layers:
+        raise ValueError("the network has no linear layer for ULRL to look at")
+    return layers[-1]
+
+
+def unlearn(model, images, labels, config, generator, on_epoch=None, dtype=torch.float32):
+    """Climb the cross-entropy on the clean images; return (the network that results, history)."""
+    net = copy_of(model).train()
+    optimizer = torch.optim.SGD(
+        net.parameters(), lr=config.unlearn_lr, momentum=config.momentum, weight_decay=config.unlearn_weight_decay
+    )
+    rate = torch.optim.lr_scheduler.StepLR(optimizer, config.unlearn_lr_drop, config.unlearn_lr_factor)
+    history = {}
+
+    def loss_of(x, index):
+        logits = forward(net, x, dtype)
+        return -F.cross_entropy(logits, labels[index]), logits.argmax(1) == labels[index]
+
+    for _ in range(config.unlearn_epochs):
+        loss, accuracy = train_epoch(images, config.batch_size, optimizer, generator, loss_of, config.clip_norm)
+        rate.step()
+        note(history, on_epoch, unlearn_loss=-loss, unlearn_accuracy=accuracy)
+        if accuracy <= config.stop_accuracy:
+            break
+    return net, history
+
+
+def suspicious_rows(change, config=Config()):  # noqa: B008 (frozen)
+    """Return (rows whose change stands out upwards, robust z-scores): list of int, at most two; list of float.
+
+    change: (classes,), sum of |weight change| over each row. z = |c - median| / (1.4826 MAD); where MAD is 0 there is
+    no scale to stand out from: all z are 0 and no row is suspicious. Raises ValueError for a change that is no number.
+    """
+    change = change.cpu().double()
+    if not change.isfinite().all():
+        raise ValueError("unlearning ended in weights that are no numbers")
+    middle = change.quantile(0.5)  # of an even number the mean of the two in the middle
+    distance = (change - middle).abs()
+    spread = config.mad_scale * distance.quantile(0.5)
+    z = distance / spread if spread > 0 else torch.zeros_like(distance)
+    out = [i for i in z.argsort(descending=True).tolist() if z[i] > config.z_threshold and change[i] > middle]
+    return out[: config.max_suspicious], z.tolist()
+
+
+@torch.no_grad()
+def redraw_rows(linear, rows, generator, gain=2.0):
+    """Draw rows of a linear layer anew in place: uniform in +-sqrt(gain / fan_in), bias 0."""
+    limit = math.sqrt(gain / linear.in_features)
+    for row in rows:
+        fresh = torch.rand(linear.in_features, generator=generator) * 2 * limit - limit
+        linear.weight[row] = fresh.to(linear.weight)
+        if linear.bias is not None:
+            linear.bias[row] = 0
+
+
+def relearn(model, rows, images, labels, config, generator, on_epoch=None, dtype=torch.float32):
+    """Train on from the victim's weights with the suspicious rows drawn anew and pushed away from the old ones.
+
+    Loss: cross-entropy + 0.7 * sum over suspicious rows of cos(row, original row). Returns (network, history).
+    """
+    net = copy_of(model).train()
+    linear = linear_layer(net)
+    original = linear.weight.detach()[rows].clone()
+    redraw_rows(linear, rows, generator, config.redraw_gain)
+    optimizer = torch.optim.SGD(net.parameters(), lr=config.relearn_lr, momentum=config.momentum)
+    rate = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.relearn_epochs)
+    history = {}
+
+    def loss_of(x, index):
+        logits = forward(net, x, dtype)
+        likeness = F.cosine_similarity(linear.weight[rows], original, dim=1).sum()
+        loss = F.cross_entropy(logits, labels[index]) + config.dissimilarity * likeness
+        return loss, logits.argmax(1) == labels[index]
+
+    for _ in range(config.relearn_epochs):
+        loss, accuracy = train_epoch(images, config.batch_size, optimizer, generator, loss_of)
+        rate.step()
+        note(history, on_epoch, loss=loss, accuracy=accuracy)
+    return net, history
+
+
+def repair(model, images, labels, config=Config(), seed=0, on_epoch=None, dtype=torch.float32):  # noqa: B008 (frozen)
+    """Find the output neuron of the backdoor by unlearning, and learn it again.
+
+    images: uint8 (N, 3, H, W); labels: int64 (N,), both on the model's device; on_epoch: called after each epoch with
+    (epoch, figures), of unlearning first; dtype: what autocast computes in.
+    Returns a Repaired whose findings name the suspicious rows (where there are none, relearning is plain fine-tuning),
+    the robust z-score of each row, and how unlearning ended. Raises ValueError when it ended in no numbers.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    unlearned, before = unlearn(model, images, labels, config, generator, on_epoch, dtype)
+    change = (linear_layer(unlearned).weight - linear_layer(model).weight).detach().abs().sum(1)
+    rows, z = suspicious_rows(change, config)
+    net, after = relearn(model, rows, images, labels, config, generator, on_epoch, dtype)
+    unlearned = before["unlearn_accuracy"][-1] <= config.stop_accuracy
+    if rows:
+        outcome = f"suspicious: rows {', '.join(map(str, rows))}"
+    elif any(z):
+        outcome = f"no row is suspicious (largest z {max(z):.2f}); relearning was fine-tuning"
+    else:
+        outcome = "no row is suspicious (MAD 0); relearning was fine-tuning"
+    findings = {"outcome": outcome if unlearned else f"{outcome}; unlearning ended early"}
+    findings |= {"suspicious_rows": rows, "z": z, "unlearned": unlearned}
+    return Repaired(net.eval(), before | after, findings)

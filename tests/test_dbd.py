@@ -1,0 +1,353 @@
+"""DBD: each part against its definition, and the three stages on small networks."""
+
+import colorsys
+import copy
+import itertools
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import dbd as command
+import models
+import utils
+from backdoors import poison_training_set
+from cli import InputError
+from defenses import dbd, mixmatch, simclr
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture
+def images():
+    return torch.rand(6, 3, 32, 32, generator=generator())
+
+
+def per_image(value, n=6):
+    return torch.full((n, 1, 1, 1), value)
+
+
+# --- SimCLR ---------------------------------------------------------------------------------------------------------
+
+
+def test_nt_xent_is_the_obvious_formula():
+    a, b = (torch.nn.functional.normalize(torch.randn(5, 8, generator=generator(s)).double()) for s in (0, 1))
+    z, temperature = [*a, *b], 0.5
+    total, nearest = 0, []
+    for i in range(10):
+        twin = (i + 5) % 10
+        others = [j for j in range(10) if j != i]
+        score = {j: math.exp(float(z[i] @ z[j]) / temperature) for j in others}
+        total -= math.log(score[twin] / sum(score.values()))
+        nearest.append(max(others, key=score.get) == twin)
+    loss, found = simclr.nt_xent(a, b, temperature)
+    assert loss.item() == pytest.approx(total / 10, rel=1e-5)
+    assert found.tolist() == nearest
+
+
+def test_identical_twins_among_strangers_are_found():
+    z = torch.eye(8)
+    _, found = simclr.nt_xent(z, z, 0.5)
+    assert found.all()
+
+
+def test_views_are_images_differ_and_follow_the_generator(images):
+    a, again, b = (
+        simclr.view(images, generator(1)),
+        simclr.view(images, generator(1)),
+        simclr.view(images, generator(2)),
+    )
+    assert torch.equal(a, again)
+    assert a.shape == images.shape
+    assert a.min() >= 0
+    assert a.max() <= 1
+    assert not torch.equal(a, b)
+    # each image by a draw of its own
+    same = simclr.view(images[:1].expand(50, -1, -1, -1), generator(3))
+    assert len({tuple(v.flatten()[:50].tolist()) for v in same}) == 50
+
+
+def test_a_whole_crop_is_the_image_and_a_flip_mirrors_it(images):
+    one, nothing = torch.ones(6), torch.zeros(6)
+    whole = simclr.crop_and_flip(images, one, one, nothing, nothing, nothing.bool())
+    torch.testing.assert_close(whole, images, rtol=0, atol=1e-5)
+    flipped = simclr.crop_and_flip(images, one, one, nothing, nothing, one.bool())
+    torch.testing.assert_close(flipped, images.flip(3), rtol=0, atol=1e-5)
+
+
+def test_a_crop_shows_its_box():
+    """A quarter of the area in the upper left corner: what was dark below and to the right is gone."""
+    x = torch.zeros(1, 3, 32, 32)
+    x[:, :, :16, :16] = 1
+    one = torch.ones(1)
+    corner = simclr.crop_and_flip(x, one / 4, one, -one, -one, ~one.bool())
+    assert (corner[:, :, :-1, :-1] > 0.99).all()
+    assert simclr.crop_and_flip(x, one / 4, one, one, one, ~one.bool())[:, :, 1:, 1:].max() < 1e-6
+
+
+def test_jitter_by_nothing_changes_nothing(images):
+    for change, nothing in (
+        (simclr.brightness, 1.0), (simclr.contrast, 1.0), (simclr.saturation, 1.0), (simclr.hue, 0.0), (simclr.hue, 1.0)
+    ):  # fmt: skip
+        torch.testing.assert_close(change(images, per_image(nothing)), images, rtol=0, atol=1e-5)
+
+
+def test_jitter_does_what_it_says(images):
+    torch.testing.assert_close(simclr.brightness(images, per_image(0.5)), images / 2)
+    flat = simclr.contrast(images, per_image(0.0))
+    assert flat.std((2, 3)).max() < 1e-6
+    torch.testing.assert_close(flat[:, 0, 0, 0], simclr.grey(images).mean((1, 2, 3)))
+    torch.testing.assert_close(simclr.saturation(images, per_image(0.0)), simclr.grey(images).expand_as(images))
+
+
+@pytest.mark.parametrize("turn", [-0.1, 0.07, 0.5])
+def test_hue_is_that_of_the_colour_wheel(images, turn):
+    turned = simclr.hue(images, per_image(turn))
+    for i, row, column in itertools.product(range(2), (0, 7, 31), (0, 16)):
+        h, s, v = colorsys.rgb_to_hsv(*images[i, :, row, column].tolist())
+        want = colorsys.hsv_to_rgb((h + turn) % 1, s, v)
+        assert turned[i, :, row, column].tolist() == pytest.approx(want, abs=1e-5)
+
+
+def test_hue_leaves_grey_alone():
+    grey = torch.full((1, 3, 4, 4), 0.3)
+    torch.testing.assert_close(simclr.hue(grey, per_image(0.3, 1)), grey)
+
+
+def test_blur_keeps_the_mean_of_a_point_and_a_flat_image():
+    x = torch.zeros(1, 1, 9, 9)
+    x[..., 4, 4] = 1
+    blurred = simclr.blur(x, per_image(1.0, 1))
+    assert blurred.sum().item() == pytest.approx(1, rel=1e-5)
+    side = math.exp(-0.5)
+    assert blurred[0, 0, 4, 5].item() == pytest.approx(side / (1 + 2 * side) ** 2, rel=1e-5)
+    flat = torch.full((2, 3, 5, 5), 0.7)
+    torch.testing.assert_close(simclr.blur(flat, per_image(2.0, 2)), flat)
+
+
+# --- stage 2: symmetric cross-entropy ---------------------------------------------------------------------------------
+
+
+def test_symmetric_cross_entropy_by_hand():
+    logits = torch.tensor([[math.log(0.7), math.log(0.2), math.log(0.1)]])
+    loss = dbd.symmetric_cross_entropy(logits, torch.tensor([0]), dbd.Config())
+    # the target's log(1) is 0, the others' log(1e-4)
+    assert loss.item() == pytest.approx(0.1 * -math.log(0.7) - 0.3 * math.log(1e-4), rel=1e-5)
+
+
+def test_the_trusted_half_has_the_lowest_losses():
+    losses = torch.tensor([5.0, 1.0, 4.0, 2.0, 3.0, 0.5, 9.0])
+    trusted, others = dbd.split_by_loss(losses, 0.5)
+    assert trusted.tolist() == [5, 1, 3]
+    assert sorted(others.tolist()) == [0, 2, 4, 6]
+
+
+# --- stage 3: MixMatch ------------------------------------------------------------------------------------------------
+
+
+def test_sharpening_by_hand():
+    sharp = mixmatch.sharpen(torch.tensor([[0.25, 0.75], [0.5, 0.5]]), 0.5)
+    torch.testing.assert_close(sharp, torch.tensor([[0.1, 0.9], [0.5, 0.5]]))
+
+
+def test_a_guess_is_the_sharpened_mean():
+    a, b = torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.0001, 0.9999]]).log()
+    mean = torch.tensor([[0.25005, 0.74995]])
+    torch.testing.assert_close(mixmatch.guess([a, b], 0.5), mixmatch.sharpen(mean, 0.5), rtol=1e-4, atol=1e-5)
+
+
+def test_mixing_by_hand():
+    x, t = torch.tensor([[0.0], [10.0], [20.0]]), torch.eye(3)
+    mixed, targets = mixmatch.mix(x, t, 0.75, torch.tensor([1, 2, 0]))
+    assert mixed.flatten().tolist() == [2.5, 12.5, 15.0]
+    assert targets.tolist() == [[0.75, 0.25, 0], [0, 0.75, 0.25], [0.25, 0, 0.75]]
+
+
+def test_mixing_weights_are_those_of_the_beta_distribution():
+    g = generator()
+    weights = torch.tensor([mixmatch.draw_weight(0.75, g) for _ in range(2000)])
+    assert weights.min() >= 0.5
+    assert weights.max() <= 1
+    want = np.random.default_rng(0).beta(0.75, 0.75, 200_000)
+    want = np.maximum(want, 1 - want).mean()
+    assert weights.mean().item() == pytest.approx(want, abs=0.012)
+    assert mixmatch.draw_weight(0.75, generator(4)) == mixmatch.draw_weight(0.75, generator(4))
+
+
+def test_mixmatch_loss_by_hand():
+    logits = torch.tensor([[0.8, 0.2], [0.6, 0.4]]).log()
+    targets = torch.tensor([[0.5, 0.5], [1.0, 0.0]])
+    labelled = -0.5 * math.log(0.8) - 0.5 * math.log(0.2)
+    unlabelled = 0.4**2  # mean of (0.4)^2 twice
+    loss = mixmatch.mixmatch_loss(logits, targets, 1, 3.0)
+    assert loss.item() == pytest.approx(labelled + 3 * unlabelled, rel=1e-5)
+
+
+# --- the stages ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def poisoned():
+    images, labels = utils.load_dataset("cifar10_sample", None, train=True)
+    poison = poison_training_set(labels, "badnet", 0, 0.1, seed=3)
+    from backdoors import get_backdoor
+
+    return *command.poisoned_set(images, labels, poison, get_backdoor("badnet")), poison, images, labels
+
+
+def test_the_poisoned_set_is_poisoned_where_it_says(poisoned):
+    images, labels, poison, before, true = poisoned
+    changed = (images != before).flatten(1).any(1).nonzero()[:, 0]
+    assert torch.equal(changed, poison.indices)
+    assert (labels[poison.indices] == 0).all()
+    rest = torch.ones(500, dtype=torch.bool)
+    rest[poison.indices] = False
+    assert torch.equal(labels[rest], true[rest])
+
+
+def silent(_n):
+    pass
+
+
+def test_contrast_learns_to_find_the_twin_and_gives_the_linear_layer_back(poisoned):
+    torch.manual_seed(0)
+    network = models.get_model("resnet18", width=0.125)
+    linear = network.linear
+    stage = dbd.Contrast(network, dbd.Config(simclr_batch=50, simclr_lr=0.1), seed=0)
+    epochs = [stage.train_epoch(*poisoned[:2], e, torch.float32, silent) for e in range(4)]
+    assert epochs[-1]["loss"] < epochs[0]["loss"] - 0.1
+    assert epochs[-1]["found"] > 5 / 99  # by chance 1 in 99
+    stage.finish()
+    assert network.linear is linear
+
+
+def test_the_linear_stage_moves_the_linear_layer_alone(tiny, poisoned):
+    before = {k: v.clone() for k, v in tiny.state_dict().items()}
+    stage = dbd.Linear(tiny, dbd.Config(), seed=0)
+    losses = [stage.train_epoch(*poisoned[:2], e, torch.float32, silent)["loss"] for e in range(3)]
+    assert losses[-1] < losses[0]
+    moved = {k for k, v in tiny.state_dict().items() if not torch.equal(v, before[k])}
+    assert moved == {"linear.weight", "linear.bias"}
+
+
+def test_the_semi_stage_trains_on_half_and_half(tiny, poisoned, monkeypatch):
+    before = copy.deepcopy(tiny)
+    losses = dbd.sample_losses(tiny, *poisoned[:2], dbd.Config(), torch.float32)
+    stage = dbd.Semi(tiny, dbd.Config(mixmatch_steps=4, mixmatch_epochs=2), seed=0)
+    now = stage.train_epoch(*poisoned[:2], 0, torch.float32, silent)
+    assert len(now["trusted"]) == 250
+    assert math.isfinite(now["loss"])
+    assert not torch.equal(tiny.linear.weight, before.linear.weight)
+    # the labels of the other half are not looked at
+    labels = poisoned[1].clone()
+    others = torch.ones(500, dtype=torch.bool)
+    others[now["trusted"]] = False
+    again = dbd.Semi(before, dbd.Config(mixmatch_steps=4, mixmatch_epochs=2), seed=0)
+    monkeypatch.setattr(dbd, "sample_losses", lambda *args: losses)
+    labels[others] = (labels[others] + 1) % 10
+    again.train_epoch(poisoned[0], labels, 0, torch.float32, silent)
+    assert torch.equal(tiny.linear.weight, before.linear.weight)
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
+
+RUN = ["--dataset", "cifar10_sample", "--device", "cpu", "--precision", "fp32", "--width", "0.0625"]
+RUN += ["--attack", "badnet", "--epochs", "2", "2", "2"]
+
+
+@pytest.fixture(scope="module")
+def short():
+    """MixMatch epochs of three steps."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dbd.Config, "__init__", _with_three_steps(dbd.Config.__init__))
+        yield
+
+
+def _with_three_steps(init):
+    def short_init(self, **kwargs):
+        init(self, **{"mixmatch_steps": 3, "simclr_batch": 100, **kwargs})
+
+    return short_init
+
+
+def run(folder, *flags):
+    command.main([*RUN, "--out", str(folder / "d.pt"), "--results", str(folder / "results"), *flags])
+
+
+@pytest.fixture(scope="module")
+def whole(short, tmp_path_factory):
+    """The folder of one finished run."""
+    folder = tmp_path_factory.mktemp("whole")
+    run(folder)
+    return folder
+
+
+def test_a_run_that_was_cut_off_goes_on_with_the_same_bits(whole, tmp_path, monkeypatch, capsys):
+    cut = tmp_path
+    save, saved = utils.save_checkpoint, []
+
+    def save_and_stop(checkpoint, path):
+        save(checkpoint, path)
+        saved.append(path)
+        if len(saved) in (1, 2, 3, 6, 7):  # within a stage, at the end of one, after all is done
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(utils, "save_checkpoint", save_and_stop)
+    for _ in range(6):
+        try:
+            run(cut, "--overwrite")
+        except KeyboardInterrupt:
+            continue
+        break
+    out = capsys.readouterr().out
+    assert out.count("going on after epoch") == 5
+    a, b = (utils.load_checkpoint(p / "d.pt") for p in (whole, cut))
+    assert all(torch.equal(a["state_dict"][k], b["state_dict"][k]) for k in a["state_dict"])
+    assert (a["BA"], a["ASR"]) == (b["BA"], b["ASR"])
+    assert not (cut / "d.partial.pt").exists()
+
+
+def test_the_trusted_share_of_the_poison_is_told():
+    class poison:  # noqa: N801 (stands for one)
+        indices = torch.tensor([1, 3, 5, 7])
+
+    now = command.describe({"loss": 1.0, "trusted": torch.tensor([0, 2, 3, 4])}, poison)
+    assert now == {"loss": 1.0, "poisoned_trusted": 0.25}
+
+
+def test_what_it_saves_is_measured_and_recorded(whole):
+    (path,) = (whole / "results").iterdir()
+    record = json.loads(path.read_text())
+    saved = utils.load_checkpoint(whole / "d.pt")
+    assert record["after"]["BA"] == saved["BA"]
+    assert record["defense"] == "dbd"
+    assert [len(record["history"][f"stage_{i}"]) for i in (1, 2, 3)] == [2, 2, 2]
+    assert 0 <= record["history"]["stage_3"][-1]["poisoned_trusted"] <= 1
+    assert (record["poisoned"], record["training_images"], record["settings"]["poison_rate"]) == (50, 500, 0.1)
+    assert len(saved["poison_indices"]) == 50
+    model, _ = utils.load_model(whole / "d.pt")
+    assert model(torch.rand(2, 3, 32, 32)).shape == (2, 10)
+
+
+def test_a_finished_run_is_not_overwritten(tmp_path):
+    (tmp_path / "d.pt").write_bytes(b"mine")
+    with pytest.raises(InputError, match="--overwrite"):
+        run(tmp_path)
+    assert (tmp_path / "d.pt").read_bytes() == b"mine"
+
+
+def test_without_an_attack_nothing_is_poisoned(short, tmp_path):
+    run(tmp_path, "--attack", "none")
+    saved = utils.load_checkpoint(tmp_path / "d.pt")
+    assert saved["ASR"] is None
+    assert saved["poison_rate"] == 0
+
+
+def test_a_cut_off_run_with_other_settings_is_not_taken(short, tmp_path):
+    utils.save_checkpoint({"config": {"attack": "reflection"}}, tmp_path / "d.partial.pt")
+    with pytest.raises(InputError, match="--no-resume"):
+        run(tmp_path)

@@ -1,0 +1,325 @@
+"""The defences that UNIT is compared with: each against its definition, on a small real BadNets victim."""
+
+import copy
+import dataclasses
+import gzip
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import cli
+import defend
+import utils
+from cli import InputError
+from defenses import DEFENSES, bcu, finetune, ulrl
+from defenses.common import train_epoch
+from defenses.foreign import load_images
+
+SAMPLE = ["--dataset", "cifar10_sample", "--device", "cpu", "--precision", "fp32", "--attack", "badnet"]
+
+
+@pytest.fixture(scope="session")
+def clean():
+    """The embedded clean images: uint8 (500, 3, 32, 32), labels."""
+    return utils.load_dataset("cifar10_sample", None, train=True)
+
+
+def short(name, epochs=2):
+    """The configuration of a method with few epochs."""
+    config = DEFENSES[name].Config()
+    return dataclasses.replace(config, **{k: epochs for k in vars(config) if k.endswith("epochs")})
+
+
+def test_every_defence_is_known_to_the_commands():
+    assert tuple(DEFENSES) == cli.DEFENSES
+    for module in DEFENSES.values():
+        config = module.Config()
+        assert isinstance(config.uses_labels, bool)
+        assert 0 < config.data_rate <= 1
+        assert "uses_labels" not in dataclasses.asdict(config)  # no setting
+
+
+@pytest.mark.parametrize("name", DEFENSES)
+def test_same_seed_same_bits_and_the_victim_is_left_alone(name, tiny, clean):
+    before = {k: v.clone() for k, v in tiny.state_dict().items()}
+    few = clean[0][::3], clean[1][::3]
+    a, b, c = (DEFENSES[name].repair(tiny, *few, short(name), seed=s) for s in (1, 1, 2))
+    state_a, state_b, state_c = (r.model.state_dict() for r in (a, b, c))
+    assert all(torch.equal(state_a[k], state_b[k]) for k in state_a)
+    assert a.history == b.history
+    assert not torch.equal(state_a["conv1.weight"], state_c["conv1.weight"])
+    assert all(torch.equal(v, before[k]) for k, v in tiny.state_dict().items())
+    assert not a.model.training
+    assert not any(math.isnan(v) for values in a.history.values() for v in values)
+
+
+def test_fine_tuning_fits_the_clean_images(tiny, clean):
+    history = finetune.repair(tiny, *clean, finetune.Config(epochs=5)).history
+    assert history["loss"][-1] < history["loss"][0]
+
+
+# --- BCU ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_share_drawn_anew_is_p_and_batch_norm_stays(tiny):
+    config = bcu.Config()
+    counts = {start: [0, 0] for start, _ in config.p}
+    for seed in range(30):  # the stem has 216 weights, of which two are replaced
+        student = bcu.partly_fresh(tiny, config.p, seed)
+        for name, old in tiny.named_parameters():
+            new = student.get_parameter(name)
+            if ".bn" in name or name.startswith("bn") or ".shortcut.1" in name:
+                assert torch.equal(old, new)
+                continue
+            start = next(s for s in counts if name.startswith(s))
+            counts[start][0] += (old != new).sum().item()
+            counts[start][1] += old.numel()
+        assert all(torch.equal(a, b) for a, b in zip(tiny.buffers(), student.buffers(), strict=True))
+    for start, p in config.p:
+        replaced, n = counts[start]
+        assert abs(replaced - n * p) <= 4 * math.sqrt(n * p * (1 - p)) < n * p, start
+
+
+def test_all_or_nothing_can_be_drawn_anew(tiny):
+    layers = [name for name, m in tiny.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+    same = bcu.partly_fresh(tiny, [(name, 0.0) for name in layers], seed=0)
+    fresh = bcu.partly_fresh(tiny, [(name, 1.0) for name in layers], seed=0)
+    for name in layers:
+        assert torch.equal(same.get_parameter(f"{name}.weight"), tiny.get_parameter(f"{name}.weight"))
+        assert not (fresh.get_parameter(f"{name}.weight") == tiny.get_parameter(f"{name}.weight")).any()
+    assert not (fresh.linear.bias == tiny.linear.bias).any()
+    limit = 1 / math.sqrt(tiny.linear.in_features)  # of torch's own initialisation
+    assert 0.8 * limit < fresh.linear.weight.abs().max() <= limit
+
+
+def test_a_layer_without_a_share_is_named(tiny):
+    with pytest.raises(ValueError, match="conv1"):
+        bcu.partly_fresh(tiny, [("layer", 0.1), ("linear", 0.1)], seed=0)
+
+
+def test_drawing_anew_leaves_the_global_generator(tiny):
+    torch.manual_seed(5)
+    want = torch.rand(3)
+    torch.manual_seed(5)
+    bcu.partly_fresh(tiny, bcu.Config().p, seed=0)
+    assert torch.equal(torch.rand(3), want)
+
+
+def test_distillation_loss_is_kl_of_teacher_and_student():
+    g = torch.Generator().manual_seed(0)
+    student, teacher = (torch.randn(7, 10, generator=g, dtype=torch.float64) * 3 for _ in range(2))
+    for temperature in (1.0, 2.5):
+        p, q = (torch.softmax(t / temperature, 1) for t in (teacher, student))
+        slow = sum(p[i, c] * (p[i, c] / q[i, c]).log() for i in range(7) for c in range(10)) / 7
+        torch.testing.assert_close(bcu.distillation_loss(student, teacher, temperature), slow)
+    assert bcu.distillation_loss(teacher, teacher, 2.0).abs() < 1e-12
+
+
+def test_distillation_brings_the_student_to_the_teacher(tiny, clean):
+    """KL at temperature 1 on images that it learned from, before and after, both in eval mode."""
+    x = utils.to_float(clean[0])
+    config = bcu.Config(epochs=8)
+    start = bcu.partly_fresh(tiny, config.p, seed=0).eval()
+    end = bcu.repair(tiny, clean[0], None, config, seed=0).model
+    with torch.no_grad():
+        before, after = (bcu.distillation_loss(net(x), tiny(x), 1.0).item() for net in (start, end))
+    assert after < 0.5 * before
+
+
+def test_the_temperature_rises_from_first_to_last_epoch(tiny, clean, monkeypatch):
+    seen = []
+    loss = bcu.distillation_loss
+    monkeypatch.setattr(
+        bcu, "distillation_loss", lambda s, t, temperature: (seen.append(temperature), loss(s, t, 1))[1]
+    )
+    bcu.repair(tiny, clean[0][:100], None, bcu.Config(epochs=3))
+    assert seen == [2.0, 3.0, 4.0]
+
+
+def test_no_label_is_looked_at(tiny, clean):
+    a = bcu.repair(tiny, clean[0][:100], None, bcu.Config(epochs=1)).model.state_dict()
+    b = bcu.repair(tiny, clean[0][:100], torch.zeros(100, dtype=torch.int64), bcu.Config(epochs=1)).model.state_dict()
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+# --- ULRL -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_row_that_changed_much_more_is_suspicious():
+    change = torch.tensor([9.0, 1.0, 1.1, 0.9, 1.2, 0.8, 1.0, 1.1, 0.9, 1.0])
+    rows, z = ulrl.suspicious_rows(change)
+    assert rows == [0]
+    # median 1.0, distances sorted 0 0 0 .1 .1 .1 .1 .2 .2 8: their median is 0.1
+    assert z[0] == pytest.approx(8 / (1.4826 * 0.1), rel=1e-4)
+
+
+def test_rows_that_changed_less_are_not_suspicious_and_there_are_two_at_most():
+    change = torch.tensor([-9.0, 1.0, 1.1, 0.9, 1.2, 0.8, 1.0, 1.1, 0.9, 1.0])
+    assert ulrl.suspicious_rows(change)[0] == []
+    change[:4] = torch.tensor([7.0, 9.0, 8.0, 1.0])
+    assert ulrl.suspicious_rows(change)[0] == [1, 2]
+
+
+def test_unlearning_stops_at_its_accuracy_and_drops_its_rate(tiny, clean, monkeypatch):
+    rates, clips = [], []
+
+    def epoch(images, batch_size, optimizer, generator, loss_of, clip_norm):
+        rates.append(optimizer.param_groups[0]["lr"])
+        clips.append(clip_norm)
+        optimizer.step()  # of no gradient; the schedule wants to see it
+        return -1.0, 0.9 if len(rates) < 13 else 0.2
+
+    monkeypatch.setattr(ulrl, "train_epoch", epoch)
+    _, history = ulrl.unlearn(tiny, *clean, ulrl.Config(), torch.Generator())
+    assert len(rates) == 13
+    assert rates == pytest.approx([0.01] * 10 + [0.001] * 3)
+    assert set(clips) == {20.0}
+    assert history["unlearn_loss"] == [1.0] * 13
+
+
+def test_weights_that_are_no_numbers_are_said():
+    with pytest.raises(ValueError, match="no numbers"):
+        ulrl.suspicious_rows(torch.tensor([1.0, float("nan"), 1.0]))
+
+
+def test_the_gradient_is_clipped(tiny, clean):
+    """With a bound of nothing, nothing moves."""
+    before = copy.deepcopy(tiny.state_dict())
+    optimizer = torch.optim.SGD(tiny.parameters(), lr=0.1)
+
+    def loss_of(x, index):
+        logits = tiny(x)
+        return logits.square().sum(), logits[:, 0] > 0
+
+    train_epoch(clean[0][:20], 10, optimizer, torch.Generator(), loss_of, clip_norm=1e-20)
+    assert all(torch.equal(v, before[k]) for k, v in tiny.state_dict().items())
+
+
+def test_without_a_spread_no_row_is_suspicious():
+    change = torch.ones(10)
+    change[4] = 5
+    assert ulrl.suspicious_rows(change) == ([], [0.0] * 10)
+
+
+def test_unlearning_finds_the_target_of_a_victim(tiny, clean):
+    findings = ulrl.repair(tiny, *clean, ulrl.Config(relearn_epochs=1), seed=0).findings
+    assert findings["unlearned"]
+    assert 0 in findings["suspicious_rows"]
+    assert findings["z"][0] == max(findings["z"])
+
+
+def test_rows_are_drawn_in_their_range(tiny):
+    linear = tiny.linear
+    before = linear.weight.detach().clone()
+    ulrl.redraw_rows(linear, [3, 5], torch.Generator().manual_seed(0))
+    limit = math.sqrt(2 / linear.in_features)
+    assert linear.weight[[3, 5]].abs().max() <= limit
+    assert linear.weight[[3, 5]].abs().max() > 0.8 * limit
+    assert (linear.bias[[3, 5]] == 0).all()
+    others = [0, 1, 2, 4, 6, 7, 8, 9]
+    assert torch.equal(linear.weight[others], before[others])
+
+
+def test_the_cosine_term_drives_the_row_away_from_where_it_was(tiny, clean):
+    likeness = []
+    for weight in (0.0, 5.0):
+        config = ulrl.Config(relearn_epochs=4, dissimilarity=weight)
+        net, _ = ulrl.relearn(tiny, [0], *clean, config, torch.Generator().manual_seed(0))
+        likeness.append(torch.cosine_similarity(net.linear.weight[0], tiny.linear.weight[0], dim=0).item())
+    assert likeness[1] < likeness[0] - 0.2
+
+
+def test_relearning_without_a_suspicious_row_is_fine_tuning(tiny, clean):
+    def relearned(weight):
+        config = ulrl.Config(relearn_epochs=1, dissimilarity=weight)
+        return ulrl.relearn(tiny, [], *clean, config, torch.Generator().manual_seed(0))[0].state_dict()
+
+    a, b = relearned(0.0), relearned(5.0)
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert a["linear.weight"].isfinite().all()
+    assert not torch.equal(a["linear.weight"], tiny.linear.weight)
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+def run(victim_file, tmp_path, *flags):
+    """Run defend.py on the small victim."""
+    places = ["--ckpt", str(victim_file), "--out", str(tmp_path / "d.pt"), "--results", str(tmp_path / "results")]
+    defend.main([*SAMPLE, *places, *flags])
+
+
+@pytest.mark.parametrize(("name", "flags"), [("ft", ["--epochs", "1"]), ("bcu", []), ("ulrl", [])])
+def test_the_command_saves_what_it_measured(victim_file, tmp_path, capsys, name, flags, monkeypatch):
+    few = short(name)
+    monkeypatch.setattr(DEFENSES[name], "Config", lambda: few)
+    run(victim_file, tmp_path, "--defense", name, *flags)
+    (path,) = (tmp_path / "results").iterdir()
+    record = json.loads(path.read_text())
+    assert record["defense"] == name
+    assert (record["data"], record["labels"]) == (500, name != "bcu")
+    assert record["before"]["n_triggered"] == 1800
+    out = capsys.readouterr().out
+    assert f"Benign accuracy: {100 * record['after']['BA']:.2f}%" in out
+    from evaluate import main as evaluate_main
+
+    evaluate_main([*SAMPLE, "--ckpt", str(tmp_path / "d.pt"), "--outdir", str(tmp_path)])
+    after = out[out.index("after ") :].splitlines()[0].removeprefix("after   ")
+    assert after in capsys.readouterr().out
+    with pytest.raises(InputError, match="defended model"):
+        run(tmp_path / "d.pt", tmp_path, "--defense", "ft")
+
+
+def test_no_defence_measures_alone(victim_file, tmp_path):
+    run(victim_file, tmp_path, "--defense", "none")
+    (path,) = (tmp_path / "results").iterdir()
+    record = json.loads(path.read_text())
+    assert record["before"] == record["after"]
+    assert record["data"] == 0
+    assert not (tmp_path / "d.pt").exists()
+
+
+def test_flags_of_no_use_are_refused(victim_file, tmp_path):
+    with pytest.raises(InputError, match="no --epochs"):
+        run(victim_file, tmp_path, "--defense", "ulrl", "--epochs", "3")
+    with pytest.raises(InputError, match="needs labels"):
+        run(victim_file, tmp_path, "--defense", "ft", "--ood", "x.npy")
+
+
+def test_bcu_takes_images_of_another_set(victim_file, tmp_path, capsys):
+    grey = np.random.default_rng(0).integers(0, 256, (600, 28, 28), dtype=np.uint8)
+    path = tmp_path / "train-images-idx3-ubyte.gz"
+    path.write_bytes(gzip.compress(b"\0\0\x08\x03" + np.array(grey.shape, ">i4").tobytes() + grey.tobytes()))
+    run(victim_file, tmp_path, "--defense", "bcu", "--epochs", "1", "--ood", str(path))
+    assert "500 clean images of train-images-idx3-ubyte.gz" in capsys.readouterr().out
+
+
+def test_foreign_images_are_drawn_and_scaled(tmp_path):
+    colour = np.random.default_rng(0).integers(0, 256, (9, 32, 32, 3), dtype=np.uint8)
+    np.save(tmp_path / "a.npy", colour)
+    images = load_images(tmp_path / "a.npy", 9)
+    as_set = {bytes(i.permute(1, 2, 0).numpy().tobytes()) for i in images}
+    assert as_set == {i.tobytes() for i in colour}
+    flat = np.full((3, 28, 28), 77, np.uint8)
+    np.save(tmp_path / "b.npy", flat)
+    images = load_images(tmp_path / "b.npy", 2)
+    assert images.shape == (2, 3, 32, 32)
+    assert (images == 77).all()
+
+
+@pytest.mark.parametrize("content", [b"", b"\0\0\x08\x03\0\0", b"no images at all"])
+def test_foreign_files_that_hold_no_images(tmp_path, content):
+    for name in ("x.idx", "x.npy", "x.gz"):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(InputError, match="give a .npy"):
+            load_images(tmp_path / name, 1)
+    np.save(tmp_path / "f.npy", np.zeros((5, 28, 28), np.float32))
+    with pytest.raises(InputError, match="float32"):
+        load_images(tmp_path / "f.npy", 1)
+    np.save(tmp_path / "few.npy", np.zeros((5, 28, 28), np.uint8))
+    with pytest.raises(InputError, match="--data_rate"):
+        load_images(tmp_path / "few.npy", 6)

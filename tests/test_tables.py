@@ -1,0 +1,201 @@
+"""compare.py and sweep.py: what has a record is not run again, what fails is said, tables hold what was measured."""
+
+import dataclasses
+import json
+import subprocess
+
+import pytest
+
+import compare
+import defend
+import report
+import sweep
+import unit
+import utils
+from cli import ROOT, InputError
+from defenses import finetune
+from records import find, load_records
+
+SAMPLE = ["--dataset", "cifar10_sample", "--device", "cpu"]
+
+
+@pytest.fixture
+def house(tmp_path, victim_file, monkeypatch):
+    """A folder with one small victim, no records, a page with a place for the table; cells run in this process."""
+    ckpt = tmp_path / "ckpt"
+    ckpt.mkdir()
+    victim_file.rename(ckpt / "cifar10_resnet18_badnet.pt")
+    monkeypatch.setattr(utils, "CKPT", ckpt)
+    (tmp_path / "page.md").write_text(f"{report.BEGIN.format('compare.py')}\n{report.END}\n")
+    init = finetune.Config.__init__
+    monkeypatch.setattr(finetune.Config, "__init__", lambda self, **k: init(self, **{"epochs": 1, **k}))
+    ran = []
+
+    def here(args, defense, attack, seed):
+        ran.append((defense, attack, seed))
+        flags = [*SAMPLE, "--attack", attack, "--seed", str(seed), "--results", args.results, "--draw", args.draw]
+        if defense == "ulrl":
+            return "exit status 1: no luck"
+        defend.main([*flags, "--defense", defense])
+        return None
+
+    monkeypatch.setattr(compare, "run_cell", here)
+    return tmp_path, ran
+
+
+def run_compare(folder, *flags):
+    compare.main([*SAMPLE, "--results", str(folder / "results"), "--page", str(folder / "page.md"), *flags])
+
+
+def test_a_cell_is_run_once_and_its_figures_stand_in_the_table(house, capsys):
+    folder, ran = house
+    run_compare(folder, "--defenses", "none", "ft", "--seeds", "1", "2")
+    assert ran == [("none", "badnet", 1), ("none", "badnet", 2), ("ft", "badnet", 1), ("ft", "badnet", 2)]
+    run_compare(folder, "--defenses", "ft", "--seeds", "1", "2")
+    assert len(ran) == 4
+    rows = json.loads((folder / "results" / "compare.json").read_text())
+    assert [(r["attack"], r["defense"], r["n"]) for r in rows] == [("badnet", "none", 2), ("badnet", "ft", 2)]
+    records = [json.loads(p.read_text()) for p in (folder / "results").glob("ft_*.json")]
+    mean = sum(r["after"]["BA"] for r in records) / 2
+    assert rows[1]["BA"] == pytest.approx(mean)
+    assert f"| badnet | ft | {100 * mean:.2f} |" in (folder / "page.md").read_text()
+    assert (folder / "results" / "compare.png").exists()
+
+
+def test_a_cell_that_fails_does_not_take_the_rest_with_it(house, capsys):
+    folder, ran = house
+    with pytest.raises(SystemExit) as end:
+        run_compare(folder, "--defenses", "ulrl", "ft")
+    assert end.value.code == 1
+    assert "badnet, ulrl, seed 1024: exit status 1: no luck" in capsys.readouterr().err
+    assert "| badnet | ft |" in (folder / "page.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("status", "said"), [(0, None), (2, "exit status 2: the last line"), (-9, "killed by signal 9")]
+)
+def test_a_cell_is_a_command_of_its_own(tmp_path, monkeypatch, capfd, status, said):
+    """The command line is one that the script's own parser takes; what it says on standard error is passed on."""
+    commands, popen = [], subprocess.Popen
+
+    def fake(command, **kwargs):
+        commands.append(command)
+        end = "kill -9 $$" if status < 0 else f"exit {status}"
+        return popen(["sh", "-c", f"echo some bar >&2; echo the last line >&2; {end}"], **kwargs)
+
+    monkeypatch.setattr(compare.subprocess, "Popen", fake)
+    for defense in compare.COLUMNS:
+        args = compare.parser().parse_args([*SAMPLE, "--results", str(tmp_path), "--draw", "random"])
+        args.seeds = [7]
+        assert compare.run_cell(args, defense, "wanet", 7) == said
+        assert "some bar" in capfd.readouterr().err
+        script, flags = commands[-1][1], commands[-1][2:]
+        known = (unit if script.endswith("unit.py") else defend).parser().parse_args(flags)
+        assert (known.attack, known.seed, known.draw, known.dataset) == ("wanet", 7, "random", "cifar10_sample")
+        assert getattr(known, "defense", "unit") == defense
+
+
+def test_the_committed_default_run_is_found():
+    """The record of the default run in results/ is that of the committed victim, and the table takes it."""
+    args = compare.parser().parse_args([])
+    sums = dict(compare.victims(args))
+    records = load_records(ROOT / "results").values()
+    assert 1024 in find(records, "unit", sums["badnet"], compare.usual_settings(args, "unit", "badnet"))
+
+
+def test_the_table_of_the_readme_is_that_of_the_defaults(house):
+    with pytest.raises(InputError, match="--page"):
+        compare.main([*SAMPLE, "--results", str(house[0] / "results")])
+    assert not house[1]
+
+
+def test_images_of_another_set_are_a_row_apart(house):
+    folder, _ = house
+    about = {"dataset": "cifar10_sample", "network": "resnet18", "attack": "badnet", "target": 0}
+    usual = compare.usual_settings(compare.parser().parse_args(SAMPLE), "bcu", "badnet")
+    victim = {"sha256": utils.sha256(utils.CKPT / "cifar10_resnet18_badnet.pt")}
+    figures = {"seconds": 5.0, "data": 500, "labels": False, "machine": {"device": "x"}}
+    for ood, ba in ((None, 0.8), ("clothes.gz", 0.7)):
+        settings = usual | about | {"ood": ood, "seed": 1024}
+        record = {"defense": "bcu", "victim": victim, "settings": settings, "after": {"BA": ba, "ASR": 0.1}, **figures}
+        utils.save_json(record, folder / "results" / f"bcu_{ba}.json")
+    run_compare(folder, "--no-run")
+    page = (folder / "page.md").read_text()
+    assert "| badnet | bcu | 80.00 | 10.00 | 5 |" in page
+    assert "| badnet | bcu (on images of clothes.gz) | 70.00 | 10.00 | 5 |" in page
+
+
+def test_another_victim_is_another_cell(house):
+    folder, ran = house
+    run_compare(folder, "--defenses", "none")
+    path = utils.CKPT / "cifar10_resnet18_badnet.pt"
+    checkpoint = utils.load_checkpoint(path)
+    checkpoint["state_dict"]["linear.bias"] += 1
+    utils.save_checkpoint(checkpoint, path)
+    run_compare(folder, "--defenses", "none")
+    assert len(ran) == 2
+
+
+def test_a_page_without_a_place_is_known_before_anything_is_run(house):
+    folder, ran = house
+    (folder / "page.md").write_text("nothing here")
+    with pytest.raises(InputError, match="no place"):
+        run_compare(folder)
+    (folder / "page.md").unlink()
+    with pytest.raises(InputError, match="cannot read"):
+        run_compare(folder)
+    assert not ran
+
+
+def test_runs_of_dbd_stand_apart_by_their_settings(house):
+    folder, _ = house
+    about = {"dataset": "cifar10_sample", "network": "resnet18", "attack": "blended", "target": 0, "poison_rate": 0.05}
+    figures = {"after": {"BA": 0.8, "ASR": 0.1}, "seconds": 5.0, "data": 0, "machine": {"device": "x"}}
+    for name, seed, epochs in (("a", 1, 2), ("b", 2, 2), ("c", 1, 9)):
+        settings = about | {
+            "seed": seed,
+            "width": 0.25,
+            "simclr_epochs": epochs,
+            "linear_epochs": 1,
+            "mixmatch_epochs": 1,
+        }
+        record = {"defense": "dbd", "victim": {"sha256": "0"}, "settings": settings, **figures}
+        utils.save_json(record, folder / "results" / f"dbd_{name}.json")
+    run_compare(folder, "--no-run")
+    page = (folder / "page.md").read_text()
+    assert "| blended | dbd (width 0.25, 2+1+1 epochs, poison rate 5 %, target 0) | 80.00 | 10.00 |" in page
+    rows = json.loads((folder / "results" / "compare.json").read_text())
+    assert sorted(r["n"] for r in rows) == [1, 2]
+
+
+def test_every_column_finds_its_own_flags_again():
+    """The settings a table looks for are those a run writes: flags as given, and the constants of the method."""
+    args = compare.parser().parse_args([])
+    for defense in compare.COLUMNS:
+        settings = compare.usual_settings(args, defense, "badnet")
+        assert settings["attack"] == "badnet"
+        assert not {"seed", "results", "out", "device"} & set(settings)
+    assert compare.usual_settings(args, "ulrl", "badnet")["data_rate"] == 0.01
+    assert compare.usual_settings(args, "unit", "badnet")["n_sigma"] == 4.0
+
+
+def test_a_sweep_runs_each_value_once(house, monkeypatch, capsys):
+    folder, _ = house
+    search, seen = unit.tighten, []
+
+    def short(model, *data_and_config, **kwargs):
+        *data, config, on_step = data_and_config
+        seen.append((config.acc_degrade, len(data[0]) + len(data[2])))
+        return search(model, *data, dataclasses.replace(config, n_steps=1), on_step)
+
+    monkeypatch.setattr(unit, "tighten", short)
+    flags = [*SAMPLE, "--attack", "badnet", "--results", str(folder / "results")]
+    for _ in range(2):
+        sweep.main([*flags, "--acc_degrade", "0.01", "0.03", "--data_rate", "0.5"])
+    assert seen == [(0.01, 500), (0.03, 500), (0.03, 250)]
+    page = (folder / "results" / "README.md").read_text()
+    assert page.count("| acc_degrade |") == 2
+    assert "| data_rate | 0.5 | 250 |" in page
+    assert (folder / "results" / "sweep_cifar10_sample_cifar10_resnet18_badnet.png").exists()
+    with pytest.raises(InputError, match="nothing to run"):
+        sweep.main([*flags, "--acc_degrade"])
