@@ -1,4 +1,4 @@
-"""Why bounds work: the neurons that a trigger moves most, and how far."""
+"""Why bounds work: where in the network a trigger's activations leave the clean ones, and how far."""
 
 import copy
 from typing import NamedTuple
@@ -19,33 +19,51 @@ class Moved(NamedTuple):
     bound: float | None  # None in a network without bounds
 
 
+class SiteEffect(NamedTuple):
+    """What a trigger does to one site. Shares are of all activations, those of every neuron on every image."""
+
+    site: str
+    distance: float  # from clean to triggered mean of the neuron that is moved farthest, in its clean std
+    clean_above: float  # share above UNIT's start, the neuron's clean mean + 4 std
+    triggered_above: float
+    clean_clipped: float | None  # share above the bound; None in a network without bounds
+    triggered_clipped: float | None
+
+
 @torch.no_grad()
-def most_moved(model, images, backdoor, n_neurons=6, batch_size=128):
-    """Find the neurons that a trigger moves most, measured in standard deviations of their clean activations.
+def trigger_effect(model, images, backdoor, n_neurons=6, batch_size=128):
+    """Compare a network's activations on clean and on triggered images.
 
     model: a network, with bounds or without; its activations are those without. images: uint8 (N, 3, H, W), none of
-    the target class; backdoor: on the model's device. One neuron per site at most.
-    Returns a list of Moved, the farthest first.
+    the target class; backdoor: on the model's device.
+    Returns the `n_neurons` neurons that the trigger moves farthest, one per site at most, as a list of Moved, the
+    farthest first; and a list of SiteEffect, one for each site in forward order.
     """
     bounds = {k: m.clip_level() for k, m in models.activation_sites(model).items() if hasattr(m, "clip_level")}
     net = models.set_bounds(copy.deepcopy(model).eval(), None)
     images = images.to(next(net.parameters()).device)
 
-    farthest = []
+    farthest, levels = [], {}
     clean, triggered = (_moments(net, images, trigger, batch_size) for trigger in (None, backdoor))
     for name, (mean, std) in clean.items():
         # a neuron that is all but dead on clean images is no measure of distance
         distance = (triggered[name][0] - mean) / std.clamp_min(0.1 * std.mean())
         place = tuple(int(i) for i in torch.unravel_index(distance.argmax(), distance.shape))
         farthest.append((distance[place].item(), name, place))
+        levels[name] = torch.stack([mean + 4 * std, bounds[name]] if bounds else [mean + 4 * std])
     chosen = {name: place for _, name, place in sorted(farthest, reverse=True)[:n_neurons]}
 
-    moved = []
-    clean, triggered = (_values(net, images, trigger, batch_size, chosen) for trigger in (None, backdoor))
+    moved, sites = [], []
+    (clean, clean_over), (triggered, triggered_over) = (
+        _values(net, images, trigger, batch_size, chosen, levels) for trigger in (None, backdoor)
+    )
     for name, place in chosen.items():
         bound = bounds[name][place].item() if bounds else None
         moved.append(Moved(name, place, clean[name], triggered[name], bound))
-    return moved
+    for distance, name, _ in farthest:
+        (a, *b), (c, *d) = clean_over[name], triggered_over[name]
+        sites.append(SiteEffect(name, distance, a, c, *(b or [None]), *(d or [None])))
+    return moved, sites
 
 
 def _moments(net, images, trigger, batch_size):
@@ -61,16 +79,21 @@ def _moments(net, images, trigger, batch_size):
     return {k: (s1 / n, (s2 / n - (s1 / n).square()).clamp_min(0).sqrt()) for k, (s1, s2) in sums.items()}
 
 
-def _values(net, images, trigger, batch_size, places):
-    """Return {site: activations (N,)} of one neuron in each site of `places`."""
-    seen = {name: [] for name in places}
+def _values(net, images, trigger, batch_size, places, levels):
+    """Return {site: activations (N,)} of one neuron in each site of `places`, and {site: [shares]} above `levels`.
+
+    levels: {site: (L, C, H, W)}.
+    """
+    seen, over = {name: [] for name in places}, dict.fromkeys(levels, 0)
 
     def look(name, a):
+        over[name] = over[name] + torch.stack([(a > level).sum() for level in levels[name]])
         if name in places:
             seen[name].append(a[(slice(None), *places[name])].cpu())
 
     _watch(net, images, trigger, batch_size, look)
-    return {name: torch.cat(values) for name, values in seen.items()}
+    shares = {k: (n.double() / (len(images) * levels[k][0].numel())).tolist() for k, n in over.items()}
+    return {k: torch.cat(values) for k, values in seen.items()}, shares
 
 
 def _watch(net, images, trigger, batch_size, look):

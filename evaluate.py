@@ -15,7 +15,7 @@ def parser():
     p = cli.parser("evaluate.py", "measure benign accuracy and attack success rate", attacks=("none", *cli.ATTACKS))
     p.add_argument("--ckpt", help="checkpoint, victim or defended (default: the victim of --network and --attack)")
     p.add_argument("--precision", default="auto", choices=("auto", "bf16", "fp32"), help="auto: bf16 where it is fast")
-    p.add_argument("--activations", action="store_true", help="draw the neurons that the trigger moves most, as well")
+    p.add_argument("--activations", action="store_true", help="also what the trigger does inside: table and picture")
     p.add_argument("--outdir", default=".", help="folder of the picture")
     return p
 
@@ -29,8 +29,9 @@ from typing import NamedTuple
 import torch
 
 import pictures
+import report
 import utils
-from activations import most_moved
+from activations import trigger_effect
 from backdoors import get_backdoor
 
 SEEN = 1000  # test images whose activations are drawn
@@ -113,6 +114,20 @@ def load_victim(args, device):
     return path, model, checkpoint, backdoor, args.target
 
 
+def effect_table(sites):
+    """Return what a trigger does to each site (a list of SiteEffect) as a Markdown table."""
+
+    def pair(clean, triggered):
+        return f"{100 * clean:.3f} / {100 * triggered:.3f}"
+
+    head = ["site", "farthest neuron, std", "above mean + 4 std, clean / triggered %"]
+    rows = [[s.site, f"{s.distance:.1f}", pair(s.clean_above, s.triggered_above)] for s in sites]
+    if sites[0].clean_clipped is not None:
+        head.append("above the bound, clean / triggered %")
+        rows = [[*row, pair(s.clean_clipped, s.triggered_clipped)] for row, s in zip(rows, sites, strict=True)]
+    return report.markdown(head, rows)
+
+
 def main(argv=None):
     """The command."""
     args = parser().parse_args(argv)
@@ -132,7 +147,9 @@ def main(argv=None):
     if backdoor is not None and args.activations:
         others = images[labels.to(device) != target][:SEEN]
         picture = Path(args.outdir) / f"activations_{args.attack}.png"
-        pictures.draw_moved(most_moved(model, others, backdoor, batch_size=args.batch_size), picture)
+        neurons, sites = trigger_effect(model, others, backdoor, batch_size=args.batch_size)
+        pictures.draw_moved(neurons, picture)
+        print(effect_table(sites))
         print(f"wrote {picture}")
 
 

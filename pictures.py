@@ -50,7 +50,7 @@ def draw_history(history, best_step, limit, path):
 def draw_moved(neurons, path):
     """Write the picture of the neurons that a trigger moves most: two distributions each, and the learned bound.
 
-    neurons: what activations.most_moved returns.
+    neurons: the first of what activations.trigger_effect returns.
     """
     fig = Figure(figsize=(11, 5.6), layout="constrained")
     axes = fig.subplots(2, -(-len(neurons) // 2), squeeze=False)

@@ -6,7 +6,7 @@ from torch import nn
 
 import models
 import utils
-from activations import most_moved
+from activations import trigger_effect
 from evaluate import evaluate, main
 from tests.test_models import random_bounds
 
@@ -122,13 +122,14 @@ def test_the_command(victim_file, tmp_path, capsys, attack):
     picture = tmp_path / f"demo_{attack}.png"
     assert picture.exists() == (attack != "none")
     assert (tmp_path / f"activations_{attack}.png").exists() == (attack != "none")
+    assert out.count("layer4") == (0 if attack == "none" else 4)  # the table of sites
 
 
 def test_the_neurons_that_a_trigger_moves_most(tiny, defence):
     images = (defence[2] * 255).round().to(torch.uint8)
     bounds = {k: torch.full_like(v, 0.25) for k, v in random_bounds(tiny, 1).items()}
-    plain = most_moved(tiny, images, Brighten(), 4, batch_size=30)
-    clipped = most_moved(models.set_bounds(tiny, bounds), images, Brighten(), 4, batch_size=100)
+    plain, _ = trigger_effect(tiny, images, Brighten(), 4, batch_size=30)
+    clipped, _ = trigger_effect(models.set_bounds(tiny, bounds), images, Brighten(), 4, batch_size=100)
     assert len({m.site for m in plain}) == 4
     assert all(m.bound is None for m in plain)
     assert all(m.bound == 0.25 for m in clipped)
@@ -143,6 +144,34 @@ def test_the_neurons_that_a_trigger_moves_most(tiny, defence):
         tiny(utils.to_float(images))
         handle.remove()
         torch.testing.assert_close(seen[0][(slice(None), *a.place)], a.clean, rtol=1e-4, atol=1e-5)
+
+
+def test_the_shares_beyond_a_level_are_counted_over_all_neurons_and_images(tiny, defence):
+    images, brighten = (defence[2] * 255).round().to(torch.uint8), Brighten()
+    bounds = random_bounds(tiny, 1)
+    _, sites = trigger_effect(models.set_bounds(tiny, bounds), images, brighten, batch_size=30)
+    _, plain = trigger_effect(models.set_bounds(tiny, None), images, brighten, batch_size=30)
+    assert [s.site for s in sites] == list(bounds)
+    assert all(s.clean_clipped is None and s.triggered_clipped is None for s in plain)
+    for name in (list(bounds)[0], list(bounds)[-1]):
+        seen = []
+        handle = tiny.get_submodule(name).register_forward_hook(lambda _m, _i, out, seen=seen: seen.append(out))
+        x = utils.to_float(images)
+        with torch.no_grad():
+            tiny(x), tiny(brighten(x))
+        handle.remove()
+        clean, triggered = seen
+        mean, std = clean.mean(0), clean.std(0, correction=0)
+        (effect,) = (s for s in sites if s.site == name)
+        for share, a, level in (
+            (effect.clean_above, clean, mean + 4 * std),
+            (effect.triggered_above, triggered, mean + 4 * std),
+            (effect.clean_clipped, clean, bounds[name]),
+            (effect.triggered_clipped, triggered, bounds[name]),
+        ):
+            assert share == pytest.approx((a > level).double().mean().item(), abs=1e-4)
+        live = std.clamp_min(0.1 * std.mean())
+        assert effect.distance == pytest.approx(((triggered.mean(0) - mean) / live).max().item(), rel=1e-3)
 
 
 def test_float_images_in_0_1_measure_as_their_bytes_do(coded):
