@@ -44,7 +44,8 @@ def victims(folder):
             continue
         kind = "clean" if c["attack"] == "none" else "clean-label" if c["clean_label"] else "dirty-label"
         rows.append([
-            f"`{path.name}`", f"{c['width']:g}", f"{kind}, {100 * c['poison_rate']:g} %", percent(c["BA"]), percent(c["ASR"]),
+            f"`{path.name}`", f"{c['width']:g}", f"{kind}, {100 * c['poison_rate']:g} %",
+            percent(c["BA"]), percent(c["ASR"]),
             " + ".join(str(r["epochs"]) for r in rounds(c)), f"{sum(r['seconds'] for r in rounds(c)):.0f}",
             f"{c['versions']['device']}, {c['versions']['threads']} threads",
             f"`{utils.sha256(path)}`",
