@@ -47,7 +47,7 @@ def victims(folder):
             f"`{path.name}`", f"{c['width']:g}", f"{kind}, {100 * c['poison_rate']:g} %",
             percent(c["BA"]), percent(c["ASR"]),
             " + ".join(str(r["epochs"]) for r in rounds(c)), f"{sum(r['seconds'] for r in rounds(c)):.0f}",
-            f"{c['versions']['device']}, {c['versions']['threads']} threads",
+            f"{c['versions']['device']}, {c['versions']['threads']} thread{'s' * (c['versions']['threads'] > 1)}",
             f"`{utils.sha256(path)}`",
         ])  # fmt: skip
     header = ["file", "width", "poison", "BA %", "ASR %", "epochs", "seconds", "machine", "sha256"]
