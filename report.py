@@ -21,6 +21,12 @@ def percent(share):
     return "–" if share is None else f"{100 * share:.2f}"
 
 
+def machine(versions):
+    """Return where something was computed: the processor or GPU, and its threads."""
+    device, threads = versions["device"], versions["threads"]
+    return device if versions.get("kind") == "cuda" else f"{device}, {threads} thread{'s' * (threads > 1)}"
+
+
 def markdown(header, rows):
     """Return a table in Markdown."""
     lines = [header, ["---"] * len(header), *rows]
@@ -47,7 +53,7 @@ def victims(folder):
             f"`{path.name}`", f"{c['width']:g}", f"{kind}, {100 * c['poison_rate']:g} %",
             percent(c["BA"]), percent(c["ASR"]),
             " + ".join(str(r["epochs"]) for r in rounds(c)), f"{sum(r['seconds'] for r in rounds(c)):.0f}",
-            f"{c['versions']['device']}, {c['versions']['threads']} thread{'s' * (c['versions']['threads'] > 1)}",
+            machine(c["versions"]),
             f"`{utils.sha256(path)}`",
         ])  # fmt: skip
     header = ["file", "width", "poison", "BA %", "ASR %", "epochs", "seconds", "machine", "sha256"]
@@ -61,16 +67,16 @@ def runs(folder):
     for path, r in load_records(folder, "unit").items():
         if r["interrupted"] or any(r["settings"].get(k) != v for k, v in usual.items()):
             continue
-        s, m = r["settings"], r["machine"]
+        s = r["settings"]
         rows.append([
-            s["attack"], s["dataset"], f"{r['n_train'] + r['n_valid']:,}", s["n_steps"],
+            Path(r["victim"]["file"]).stem, s["dataset"], f"{r['n_train'] + r['n_valid']:,}", s["n_steps"],
             f"{percent(r['before']['BA'])} / {percent(r['before']['ASR'])}",
             f"**{percent(r['after']['BA'])} / {percent(r['after']['ASR'])}**",
             f"{r['history']['reg'][0]:.2f} → {r['history']['reg'][r['best_step']]:.2f}", r["best_step"] + 1,
             f"{r['seconds']:.0f}", f"{r['peak_GiB']:.2f}" if r.get("peak_GiB") else "–",
-            f"{m['device']}, {s['precision']}", f"[json](results/{path.name})",
+            f"{machine(r['machine'])}, {s['precision']}", f"[json](results/{path.name})",
         ])  # fmt: skip
-    header = ["attack", "measured on", "defence images", "steps", "BA/ASR before", "after", "R", "step chosen"]
+    header = ["victim", "measured on", "defence images", "steps", "BA/ASR before", "after", "R", "step chosen"]
     return markdown([*header, "seconds", "peak GiB", "machine", "record"], rows)
 
 
@@ -90,10 +96,11 @@ def precisions(folder):
         a, b = (r["after"] for r in both)
         apart = ["–" if a[k] is None else f"{100 * (a[k] - b[k]):+.2f}" for k in ("BA", "ASR")]
         rows.append([
-            s["attack"], s["dataset"], s["n_steps"], *(f"{percent(m['BA'])} / {percent(m['ASR'])}" for m in (a, b)),
+            Path(pair["bf16"]["victim"]["file"]).stem, s["dataset"], s["n_steps"],
+            *(f"{percent(m['BA'])} / {percent(m['ASR'])}" for m in (a, b)),
             " / ".join(apart), *(r["best_step"] + 1 for r in both), *(f"{r['seconds']:.0f}" for r in both),
         ])  # fmt: skip
-    header = ["attack", "measured on", "steps", "BA/ASR after, bf16", "fp32", "difference", "step chosen, bf16", "fp32"]
+    header = ["victim", "measured on", "steps", "BA/ASR after, bf16", "fp32", "difference", "step chosen, bf16", "fp32"]
     return markdown([*header, "seconds, bf16", "fp32"], rows)
 
 

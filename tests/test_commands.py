@@ -339,7 +339,8 @@ def run_record(**changes):
     usual = vars(unit.parser().parse_args([])) | dataclasses.asdict(unit.UnitConfig(precision="bf16"))
     figures = {"n_train": 2000, "n_valid": 500, "interrupted": False, "seconds": 12.0, "best_step": 1}
     figures |= {"before": {"BA": 0.9276, "ASR": 1.0}, "after": {"BA": 0.9028, "ASR": 0.0117}}
-    figures |= {"history": {"reg": [9.5, 8.25]}, "machine": {"device": "a machine"}, "victim": {"sha256": "0"}}
+    figures |= {"history": {"reg": [9.5, 8.25]}, "victim": {"file": "cifar10_resnet18_badnet.pt", "sha256": "0"}}
+    figures["machine"] = {"device": "a machine", "threads": 2}
     return {"defense": "unit", "settings": usual | changes, **figures}
 
 
@@ -349,7 +350,7 @@ def test_the_table_of_runs_has_what_the_records_say(tmp_path):
     utils.save_json(run_record() | {"interrupted": True}, tmp_path / "unit_c.json")
     (row,) = report.runs(tmp_path).splitlines()[2:]
     assert row.startswith(
-        "| badnet | cifar10 | 2,500 | 300 | 92.76 / 100.00 | **90.28 / 1.17** | 9.50 → 8.25 | 2 | 12 |"
+        "| cifar10_resnet18_badnet | cifar10 | 2,500 | 300 | 92.76 / 100.00 | **90.28 / 1.17** | 9.50 → 8.25 | 2 | 12 |"
     )
 
 
@@ -359,10 +360,13 @@ def test_the_table_of_precisions_pairs_what_differs_in_nothing_else(tmp_path):
     utils.save_json(fp32, tmp_path / "unit_b.json")
     for i, other in enumerate(({"seed": 1}, {"lr": 0.01}, {"attack": "wanet"})):
         utils.save_json(run_record(precision="fp32", **other), tmp_path / f"unit_c{i}.json")
-    another_victim = run_record(precision="fp32") | {"victim": {"sha256": "1"}}
+    another_victim = run_record(precision="fp32") | {"victim": {"file": "x.pt", "sha256": "1"}}
     utils.save_json(another_victim, tmp_path / "unit_d.json")
     (row,) = report.precisions(tmp_path).splitlines()[2:]
-    assert row == "| badnet | cifar10 | 300 | 90.28 / 1.17 | 90.48 / 1.07 | -0.20 / +0.10 | 2 | 2 | 12 | 12 |"
+    assert (
+        row
+        == "| cifar10_resnet18_badnet | cifar10 | 300 | 90.28 / 1.17 | 90.48 / 1.07 | -0.20 / +0.10 | 2 | 2 | 12 | 12 |"
+    )
 
 
 def test_records_of_one_second_stand_beside_each_other(tmp_path, monkeypatch):
