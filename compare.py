@@ -13,7 +13,7 @@ import argparse
 import cli
 from cli import InputError, bounded
 
-COLUMNS = ("none", *cli.DEFENSES, "unit")
+COLUMNS = ("none", *cli.DEFENSES, "unit", "unit_budget")  # the last: unit.py --until budget
 
 
 def parser():
@@ -60,24 +60,26 @@ def usual_settings(args, defense, attack):
     """
     flags = ["--attack", attack, "--dataset", args.dataset, "--network", args.network, "--target", str(args.target)]
     flags += ["--draw", args.draw]
-    if defense == "unit":
-        usual, config = unit.parser().parse_args(flags), unit.UnitConfig()
+    if defense.startswith("unit"):
+        until = "steps" if defense == "unit" else "budget"
+        usual, config = unit.parser().parse_args(flags), unit.UnitConfig(until=until)
     else:
         usual = defend.parser().parse_args([*flags, "--defense", defense])
         config = defend.configure(usual)
     return {k: v for k, v in (vars(usual) | asdict(config)).items() if k not in FREE}
 
 
-def run_cell(args, defense, attack, seed):
+def run_cell(args, defense, attack, victim, seed):
     """Run one cell in a process of its own; return what went wrong in a line, or None."""
-    script = ["unit.py"] if defense == "unit" else ["defend.py", "--defense", defense]
-    flags = {"attack": attack, "seed": seed}
+    script = {"unit": ["unit.py"], "unit_budget": ["unit.py", "--until", "budget"]}.get(defense)
+    script = script or ["defend.py", "--defense", defense]
+    flags = {"attack": attack, "ckpt": victim, "seed": seed}
     same = ("datadir", "dataset", "network", "batch_size", "target", "device", "draw", "results")
     flags |= {k: getattr(args, k) for k in same}
     command = [sys.executable, str(cli.ROOT / script[0]), *script[1:]]
     command += [text for k, v in flags.items() for text in (f"--{k}", str(v))]
     with tempfile.TemporaryDirectory() as folder:
-        if defense == "unit":
+        if script[0] == "unit.py":
             command += ["--outdir", folder]
         if len(args.seeds) > 1:  # else the defended model stays in ckpt/
             command += ["--out", str(Path(folder) / "defended.pt")]
@@ -100,17 +102,19 @@ def run_cell(args, defense, attack, seed):
 
 
 def victims(args):
-    """Yield (attack, sum of its victim's file) of the victims that are there."""
+    """Yield (attack, file, its sum) of the victims that are there, first those of full width."""
     for attack in ("none", *cli.ATTACKS):
-        victim = utils.checkpoint_path("cifar10", args.network, attack)
-        if victim.exists():
-            yield attack, utils.sha256(victim)
+        full = utils.checkpoint_path("cifar10", args.network, attack)
+        others = sorted(full.parent.glob(full.name.replace(f"_{attack}", f"-w*_{attack}")))
+        for victim in (full, *others):
+            if victim.exists():
+                yield attack, victim, utils.sha256(victim)
 
 
 def fill(args):
     """Run the cells that the flags choose and that have no record; return what went wrong, a line each."""
     failed = []
-    for attack, victim_sum in victims(args):
+    for attack, victim, victim_sum in victims(args):
         if args.attack not in (None, attack):
             continue
         for defense in args.defenses:
@@ -118,9 +122,9 @@ def fill(args):
             for seed in args.seeds:
                 if seed in find(load_records(args.results).values(), defense, victim_sum, settings):
                     continue
-                cell = f"{attack}, {defense}, seed {seed}"
+                cell = f"{victim.stem}, {defense}, seed {seed}"
                 print(f"--- {cell}", flush=True)
-                error = run_cell(args, defense, attack, seed)
+                error = run_cell(args, defense, attack, victim, seed)
                 if not error and seed not in find(load_records(args.results).values(), defense, victim_sum, settings):
                     error = "it left no record that belongs here"
                 if error:
@@ -129,7 +133,7 @@ def fill(args):
     return failed
 
 
-def summarise(attack, defense, runs, **about):
+def summarise(victim, attack, defense, runs, **about):
     """Return one row of the table as plain values: means over the runs."""
 
     def mean(of):
@@ -141,6 +145,7 @@ def summarise(attack, defense, runs, **about):
     s = one["settings"]
     return {
         **{k: s.get(k) for k in ("dataset", "network", "target", "draw")},
+        "victim": victim,
         "attack": attack,
         "defense": defense,
         "BA": mean(lambda r: r["after"]["BA"]),
@@ -161,7 +166,7 @@ def summarise(attack, defense, runs, **about):
 def rows_of(args):
     """Return the rows of the table: every victim and defence that has a record, then the runs of DBD."""
     records, rows = load_records(args.results), []
-    for attack, victim_sum in victims(args):
+    for attack, victim, victim_sum in victims(args):
         for defense in COLUMNS:
             usual = usual_settings(args, defense, attack)
             # on the clean images, then on those of other sets
@@ -171,7 +176,7 @@ def rows_of(args):
                 found = find(records.values(), defense, victim_sum, usual | ({"ood": ood} if "ood" in usual else {}))
                 if found:
                     about = {"note": f"on images of {ood}"} if ood else {}
-                    rows.append(summarise(attack, defense, list(found.values()), **about))
+                    rows.append(summarise(victim.stem, attack, defense, list(found.values()), **about))
     # DBD has no victim: it trains on the poisoned images itself; runs that differ in their settings are rows apart
     alike = {}
     for r in records.values():
@@ -184,7 +189,7 @@ def rows_of(args):
         epochs = "+".join(str(s[f"{stage}_epochs"]) for stage in ("simclr", "linear", "mixmatch"))
         rate = f"{100 * s['poison_rate']:g} %"
         note = f"width {s['width']:g}, {epochs} epochs, poison rate {rate}, target {s['target']}"
-        rows.append(summarise(attack, "dbd", list(found.values()), note=note))
+        rows.append(summarise(None, attack, "dbd", list(found.values()), note=note))
     return rows
 
 
@@ -193,7 +198,8 @@ def table(rows):
     lines = []
     for r in rows:
         lines.append([
-            r["attack"], f"{r['defense']} ({r['note']})" if r["note"] else r["defense"], report.percent(r["BA"]),
+            r["victim"] or r["attack"], f"{r['defense']} ({r['note']})" if r["note"] else r["defense"],
+            report.percent(r["BA"]),
             report.percent(r["ASR"]), "–" if r["seconds"] is None else f"{r['seconds']:.0f}",
             "–" if r["peak_GiB"] is None else f"{r['peak_GiB']:.2f}", f"{r['clean_images']:,}",
             "yes" if r["labels"] else "no", r["n"], r["machine"], r["reported"] or "–",

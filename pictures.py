@@ -69,17 +69,17 @@ def draw_moved(neurons, path):
 
 
 def draw_compared(rows, path):
-    """Write the scatter of BA against ASR: a colour per defence, a marker per attack.
+    """Write the scatter of BA against ASR: a colour per defence, a marker per victim.
 
-    rows: dictionaries with attack, defense, BA, ASR (None where there is no trigger: not drawn).
+    rows: dictionaries with victim (or attack alone), defense, BA, ASR (None where there is no trigger: not drawn).
     """
     fig = Figure(figsize=(7, 4.6), layout="constrained")
     axis = fig.subplots()
     rows = [r for r in rows if r["ASR"] is not None]
     colours = {d: f"C{i}" for i, d in enumerate(dict.fromkeys(r["defense"] for r in rows))}
-    markers = dict(zip(dict.fromkeys(r["attack"] for r in rows), "osD^vP", strict=False))
+    markers = dict(zip(dict.fromkeys(r["victim"] or r["attack"] for r in rows), "osD^vPX*<>", strict=False))
     for r in rows:
-        style = {"color": colours[r["defense"]], "marker": markers[r["attack"]]}
+        style = {"color": colours[r["defense"]], "marker": markers[r["victim"] or r["attack"]]}
         axis.plot(100 * r["ASR"], 100 * r["BA"], ls="", ms=8, alpha=0.8, **style)
     for name, colour in colours.items():
         axis.plot([], [], "o", color=colour, label=name)

@@ -46,6 +46,8 @@ def load_records(folder, defense=None):
         try:
             records[path] = json.loads(path.read_text())
             records[path]["settings"], records[path]["victim"]["sha256"]
+            if records[path]["defense"] == "unit":  # from before there was another search
+                records[path]["settings"].setdefault("until", "steps")
         except (ValueError, KeyError, TypeError):
             raise InputError(f"{path} is no record of a run; move it elsewhere") from None
     return records
@@ -53,7 +55,7 @@ def load_records(folder, defense=None):
 
 def find(records, defense, victim_sum, settings):
     """Return {seed: record} of whole runs of `defense` on these weights at these settings, the newest of each seed."""
-    found = {}
+    found, defense = {}, "unit" if defense == "unit_budget" else defense
     for r in records:
         same = r["defense"] == defense and r["victim"]["sha256"] == victim_sum and not r.get("interrupted")
         # as JSON has it: tuples are lists

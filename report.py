@@ -60,8 +60,17 @@ def victims(folder):
     return markdown(header, rows)
 
 
+def steps(record):
+    """Return how long a run of unit.py searched: its steps, and whether until the budget was used."""
+    s = record["settings"]
+    return s["n_steps"] if s["until"] == "steps" else f"{len(record['history']['reg'])}, until budget"
+
+
 def runs(folder):
-    """Return the table of the records of unit.py in `folder`: whole runs at the authors' constants, of any length."""
+    """Return the table of the records of unit.py in `folder`: whole runs at the authors' constants, of any length.
+
+    Those until the budget is used are among them.
+    """
     rows = []
     usual = {"lr": 1e-3, "acc_degrade": 0.03, "data_rate": None, "draw": "first"}
     for path, r in load_records(folder, "unit").items():
@@ -69,7 +78,7 @@ def runs(folder):
             continue
         s = r["settings"]
         rows.append([
-            Path(r["victim"]["file"]).stem, s["dataset"], f"{r['n_train'] + r['n_valid']:,}", s["n_steps"],
+            Path(r["victim"]["file"]).stem, s["dataset"], f"{r['n_train'] + r['n_valid']:,}", steps(r),
             f"{percent(r['before']['BA'])} / {percent(r['before']['ASR'])}",
             f"**{percent(r['after']['BA'])} / {percent(r['after']['ASR'])}**",
             f"{r['history']['reg'][0]:.2f} → {r['history']['reg'][r['best_step']]:.2f}", r["best_step"] + 1,
@@ -96,7 +105,7 @@ def precisions(folder):
         a, b = (r["after"] for r in both)
         apart = ["–" if a[k] is None else f"{100 * (a[k] - b[k]):+.2f}" for k in ("BA", "ASR")]
         rows.append([
-            Path(pair["bf16"]["victim"]["file"]).stem, s["dataset"], s["n_steps"],
+            Path(pair["bf16"]["victim"]["file"]).stem, s["dataset"], steps(pair["bf16"]),
             *(f"{percent(m['BA'])} / {percent(m['ASR'])}" for m in (a, b)),
             " / ".join(apart), *(r["best_step"] + 1 for r in both), *(f"{r['seconds']:.0f}" for r in both),
         ])  # fmt: skip

@@ -18,6 +18,10 @@ def parser():
     p.add_argument("--lr", default=1e-3, type=bounded(float, 0, low_open=True), help="learning rate of the bounds")
     p.add_argument("--n_steps", default=300, type=bounded(int, 1), help="steps, each over all training images")
     p.add_argument(
+        "--until", default="steps", choices=("steps", "budget"),
+        help="steps: the authors' search; budget: ours, until acc_degrade is used, 2 * n_steps at most",
+    )  # fmt: skip
+    p.add_argument(
         "--data_rate", type=bounded(float, 0, 1, low_open=True),
         help="share of the training set that is defence data (default: 0.05; all of cifar10_sample)",
     )  # fmt: skip
@@ -28,7 +32,7 @@ def parser():
     )
     p.add_argument("--precision", default="auto", choices=("auto", "bf16", "fp32"), help="auto: bf16 where it is fast")
     p.add_argument("--ckpt", help="victim to defend (default: the one of --network and --attack)")
-    p.add_argument("--out", help="where to save (default: ckpt/{dataset}_{network}_{attack}_unit.pt)")
+    p.add_argument("--out", help="where to save (default: ckpt/{dataset}_{network}_{attack}_unit[_budget].pt)")
     p.add_argument("--outdir", default=".", help="folder of the picture")
     p.add_argument("--results", default=str(cli.ROOT / "results"), help="folder of the JSON record")
     return p
@@ -43,6 +47,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -65,6 +70,7 @@ class UnitConfig:
 
     lr: float = 1e-3  # of Adam on the bounds
     n_steps: int = 300
+    until: str = "steps"  # the authors' search; "budget": ours, see BudgetSchedule
     acc_degrade: float = 0.03  # accuracy on the validation images that may be lost
     n_sigma: float = 4.0  # bounds start at mean + 4 std
     alpha: float = 1e-3  # weight of the tightening term at the start, and what it is reset to
@@ -75,6 +81,11 @@ class UnitConfig:
     eps: float = 1e-8  # of Adam; it matters, the gradient of alpha * R is itself about 1e-8
     micro_batch: int | None = None  # images in memory at a time, None: by device; changes nothing but rounding
     precision: str = "fp32"  # of the network's arithmetic, or bf16; the bounds are fp32 always
+
+    @property
+    def max_steps(self):
+        """How many steps are done at most: n_steps, and exactly so many until="steps"; twice as many until="budget"."""
+        return self.n_steps if self.until == "steps" else 2 * self.n_steps
 
 
 @dataclass
@@ -109,6 +120,8 @@ class AlphaSchedule:
     def __post_init__(self):
         self.alpha = self.config.alpha
 
+    speed: ClassVar = 1.0  # the bounds' learning rate is speed * lr
+
     def update(self, good):
         """Move on by one step; good: whether the step's validation accuracy was within the budget."""
         c = self.config
@@ -122,13 +135,54 @@ class AlphaSchedule:
             self.down, self.alpha = 0, self.alpha / c.alpha_down
 
 
+@dataclass
+class BudgetSchedule(AlphaSchedule):
+    """The schedule of a search until the budget is used: ours, no part of UNIT.
+
+    The authors' alpha falls for dozens of steps after it went too far, and Adam's second moment, which remembers the
+    gradients of a large alpha, then keeps the bounds still for a hundred more. Here the bounds move `speed` times as
+    fast; each bad step cuts alpha at once, down to its start, and Adam forgets its moments; after `patience` bad steps
+    in a row the bounds go back to the best so far and the learning rate is halved. With the last of `halvings` the
+    search ends: then no smaller R within the budget was found at the finest rate. It sees what the authors' sees.
+    """
+
+    speed: ClassVar = 3.0
+    halvings: ClassVar = 4
+    halved: int = 0
+
+    def update(self, good):
+        """Move on by one step; good: whether the step's validation accuracy was within the budget."""
+        if good:
+            super().update(good)
+        else:
+            self.up, self.down = 0, self.down + 1
+            self.alpha = max(self.alpha / self.config.alpha_down, self.config.alpha)
+
+    def mend(self, optimizer, sites, best_bounds):
+        """After a bad step: change the optimizer, and the bounds of `sites`; return whether the search is over.
+
+        best_bounds: {site: (C, H, W)}, or None as long as no step was good: then there is nothing to go back to.
+        """
+        optimizer.state.clear()
+        if self.down < self.config.patience or best_bounds is None:
+            return False
+        with torch.no_grad():
+            for name, site in sites.items():
+                site.bound.copy_(best_bounds[name])
+        for group in optimizer.param_groups:
+            group["lr"] /= 2
+        self.down, self.halved = 0, self.halved + 1
+        return self.halved == self.halvings
+
+
 @utils.repeatable()
 def tighten(model, x_train, y_train, x_valid, y_valid, config=UnitConfig(), on_step=None):  # noqa: B008 (it is frozen)
     """Learn a tight upper bound for every neuron's activation; the model itself is left as it is.
 
     model: a network of this repo; images uint8 (N, 3, H, W) or float in [0, 1], labels int64 (N,), on any device.
     on_step: called after each step with (step, {"alpha", "ce", "reg", "valid_acc"}).
-    Raises ValueError when the network has no activation module that could be clipped, or bounds already.
+    Raises ValueError when the network has no activation module that could be clipped, or bounds already, and for a
+    config.until that is neither "steps" nor "budget".
     Under torchrun the processes share the images, and all return the same result.
     Returns a UnitResult; models.set_bounds(model, result.bounds) applies it. Ctrl-C ends the search early and keeps
     what it found, unless not a single step was done.
@@ -137,6 +191,8 @@ def tighten(model, x_train, y_train, x_valid, y_valid, config=UnitConfig(), on_s
         raise ValueError("the network has bounds already; models.set_bounds(model, None) takes them off")
     if not models.activation_sites(model):
         raise ValueError("the network has no nn.ReLU module to clip; give each activation a module of its own")
+    if config.until not in ("steps", "budget"):
+        raise ValueError(f"until is {config.until!r}, neither 'steps' nor 'budget'")
     device = next(model.parameters()).device
     net = frozen_copy(model, utils.get_dtype(config.precision, device))
     n_train = len(y_train)
@@ -148,14 +204,14 @@ def tighten(model, x_train, y_train, x_valid, y_valid, config=UnitConfig(), on_s
     models.set_bounds(net, initial_bounds(net, train[0], config.n_sigma))
     sites = models.activation_sites(net)
     bounds = [site.bound for site in sites.values()]
-    optimizer = torch.optim.Adam(bounds, lr=config.lr, betas=config.betas, eps=config.eps)
-    schedule = AlphaSchedule(config)
+    schedule = (AlphaSchedule if config.until == "steps" else BudgetSchedule)(config)
+    optimizer = torch.optim.Adam(bounds, lr=schedule.speed * config.lr, betas=config.betas, eps=config.eps)
     history = {"alpha": [], "ce": [], "reg": [], "valid_acc": []}
     bound_mean = {name: [] for name in sites}
     measured, best, interrupted = None, (math.inf, None, None), False
 
     try:
-        for step in range(config.n_steps):
+        for step in range(config.max_steps):
             alpha = schedule.alpha
 
             # L = CE(f_c(x), y) + alpha * R over all training images, c = max(b, 0)
@@ -185,6 +241,8 @@ def tighten(model, x_train, y_train, x_valid, y_valid, config=UnitConfig(), on_s
             measured, best = here, (now["reg"], *here) if good and now["reg"] < best[0] else best
             if on_step is not None:
                 on_step(step, now)
+            if config.until == "budget" and not good and schedule.mend(optimizer, sites, best[2]):
+                break
     except KeyboardInterrupt:
         if measured is None:
             raise
@@ -329,7 +387,8 @@ def main(argv=None):
     utils.reset_peak_memory(device)
     path, model, checkpoint, backdoor, target = load_victim(args, device)
     tag = utils.network_tag(checkpoint["network"], checkpoint["width"])
-    out = Path(args.out or utils.CKPT / f"{args.dataset}_{tag}_{args.attack}_unit.pt")
+    name = "unit" if args.until == "steps" else "unit_budget"
+    out = Path(args.out or utils.CKPT / f"{args.dataset}_{tag}_{args.attack}_{name}.pt")
     test = tuple(t.to(device) for t in utils.load_dataset(args.dataset, args.datadir, train=False))
     if first and args.dataset != "cifar10":
         print(f"on {args.dataset}: {len(test[0]):,} test images, a part of CIFAR-10's 10,000")
@@ -348,6 +407,7 @@ def main(argv=None):
     config = UnitConfig(
         lr=args.lr,
         n_steps=args.n_steps,
+        until=args.until,
         acc_degrade=args.acc_degrade,
         micro_batch=args.micro_batch or usual_micro_batch(device),
         precision="fp32" if dtype == torch.float32 else "bf16",
@@ -356,7 +416,7 @@ def main(argv=None):
     if not first:
         tighten(model, *data, config)
         return
-    picture = Path(args.outdir) / f"unit_{args.attack}.png"
+    picture = Path(args.outdir) / f"{name}_{args.attack}.png"
     if out.resolve() == path.resolve():
         raise InputError(f"--out is the victim {path} itself; give another place")
     for place in (out, picture, Path(args.results) / "record.json"):
@@ -367,8 +427,8 @@ def main(argv=None):
     before = measure(model)
     print(f"before  {before}", flush=True)
     start = time.perf_counter()
-    with tqdm(total=config.n_steps, unit="step") as progress:
-        result = tighten(model, *data, config, lambda step, now: report(step, now, config.n_steps, progress))
+    with tqdm(total=config.max_steps, unit="step") as progress:
+        result = tighten(model, *data, config, lambda step, now: report(step, now, config.max_steps, progress))
     seconds = time.perf_counter() - start
     if result.interrupted:
         print(f"interrupted after {len(result.history['ce'])} steps: keeping the best bounds so far")

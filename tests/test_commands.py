@@ -348,10 +348,13 @@ def test_the_table_of_runs_has_what_the_records_say(tmp_path):
     utils.save_json(run_record(), tmp_path / "unit_a.json")
     utils.save_json(run_record(acc_degrade=0.1), tmp_path / "unit_b.json")  # not the authors' constants
     utils.save_json(run_record() | {"interrupted": True}, tmp_path / "unit_c.json")
-    (row,) = report.runs(tmp_path).splitlines()[2:]
-    assert row.startswith(
-        "| cifar10_resnet18_badnet | cifar10 | 2,500 | 300 | 92.76 / 100.00 | **90.28 / 1.17** | 9.50 → 8.25 | 2 | 12 |"
-    )
+    utils.save_json(run_record(until="budget"), tmp_path / "unit_d.json")
+    rows = report.runs(tmp_path).splitlines()[2:]
+    for row, steps in zip(rows, ("300", "2, until budget"), strict=True):
+        start = (
+            f"| cifar10_resnet18_badnet | cifar10 | 2,500 | {steps} | 92.76 / 100.00 | **90.28 / 1.17** | 9.50 → 8.25 |"
+        )
+        assert row.startswith(f"{start} 2 | 12 |")
 
 
 def test_the_table_of_precisions_pairs_what_differs_in_nothing_else(tmp_path):

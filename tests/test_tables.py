@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -31,9 +32,10 @@ def house(tmp_path, victim_file, monkeypatch):
     monkeypatch.setattr(finetune.Config, "__init__", lambda self, **k: init(self, **{"epochs": 1, **k}))
     ran = []
 
-    def here(args, defense, attack, seed):
+    def here(args, defense, attack, victim, seed):
         ran.append((defense, attack, seed))
         flags = [*SAMPLE, "--attack", attack, "--seed", str(seed), "--results", args.results, "--draw", args.draw]
+        flags += ["--ckpt", str(victim)]
         if defense == "ulrl":
             return "exit status 1: no luck"
         defend.main([*flags, "--defense", defense])
@@ -58,7 +60,7 @@ def test_a_cell_is_run_once_and_its_figures_stand_in_the_table(house, capsys):
     records = [json.loads(p.read_text()) for p in (folder / "results").glob("ft_*.json")]
     mean = sum(r["after"]["BA"] for r in records) / 2
     assert rows[1]["BA"] == pytest.approx(mean)
-    assert f"| badnet | ft | {100 * mean:.2f} |" in (folder / "page.md").read_text()
+    assert f"| cifar10_resnet18_badnet | ft | {100 * mean:.2f} |" in (folder / "page.md").read_text()
     assert (folder / "results" / "compare.png").exists()
 
 
@@ -68,7 +70,7 @@ def test_a_cell_that_fails_does_not_take_the_rest_with_it(house, capsys):
         run_compare(folder, "--defenses", "ulrl", "ft")
     assert end.value.code == 1
     assert "badnet, ulrl, seed 1024: exit status 1: no luck" in capsys.readouterr().err
-    assert "| badnet | ft |" in (folder / "page.md").read_text()
+    assert "| cifar10_resnet18_badnet | ft |" in (folder / "page.md").read_text()
 
 
 @pytest.mark.parametrize(
@@ -87,20 +89,24 @@ def test_a_cell_is_a_command_of_its_own(tmp_path, monkeypatch, capfd, status, sa
     for defense in compare.COLUMNS:
         args = compare.parser().parse_args([*SAMPLE, "--results", str(tmp_path), "--draw", "random"])
         args.seeds = [7]
-        assert compare.run_cell(args, defense, "wanet", 7) == said
+        assert compare.run_cell(args, defense, "wanet", Path("v.pt"), 7) == said
         assert "some bar" in capfd.readouterr().err
         script, flags = commands[-1][1], commands[-1][2:]
         known = (unit if script.endswith("unit.py") else defend).parser().parse_args(flags)
-        assert (known.attack, known.seed, known.draw, known.dataset) == ("wanet", 7, "random", "cifar10_sample")
-        assert getattr(known, "defense", "unit") == defense
+        assert (known.attack, known.ckpt, known.seed, known.draw) == ("wanet", "v.pt", 7, "random")
+        assert known.dataset == "cifar10_sample"
+        search = {"steps": "unit", "budget": "unit_budget"}.get(getattr(known, "until", None))
+        assert (search or known.defense) == defense
 
 
 def test_the_committed_default_run_is_found():
     """The record of the default run in results/ is that of the committed victim, and the table takes it."""
     args = compare.parser().parse_args([])
-    sums = dict(compare.victims(args))
+    sums = {path.stem: victim_sum for _, path, victim_sum in compare.victims(args)}
     records = load_records(ROOT / "results").values()
-    assert 1024 in find(records, "unit", sums["badnet"], compare.usual_settings(args, "unit", "badnet"))
+    assert 1024 in find(
+        records, "unit", sums["cifar10_resnet18_badnet"], compare.usual_settings(args, "unit", "badnet")
+    )
 
 
 def test_the_table_of_the_readme_is_that_of_the_defaults(house):
@@ -121,8 +127,8 @@ def test_images_of_another_set_are_a_row_apart(house):
         utils.save_json(record, folder / "results" / f"bcu_{ba}.json")
     run_compare(folder, "--no-run")
     page = (folder / "page.md").read_text()
-    assert "| badnet | bcu | 80.00 | 10.00 | 5 |" in page
-    assert "| badnet | bcu (on images of clothes.gz) | 70.00 | 10.00 | 5 |" in page
+    assert "| cifar10_resnet18_badnet | bcu | 80.00 | 10.00 | 5 |" in page
+    assert "| cifar10_resnet18_badnet | bcu (on images of clothes.gz) | 70.00 | 10.00 | 5 |" in page
 
 
 def test_another_victim_is_another_cell(house):

@@ -1,6 +1,7 @@
 """The method: the recorded trajectory, and properties of the bounds."""
 
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 
 import models
 import unit
-from unit import AlphaSchedule, UnitConfig, tighten
+from unit import AlphaSchedule, BudgetSchedule, UnitConfig, tighten
 
 
 def tiny_config(golden, **kwargs):
@@ -91,6 +92,50 @@ def test_chosen_bounds_are_good_measured_and_never_negative(golden_run, tiny, de
     models.set_bounds(tiny, result.bounds)
     accuracy = (tiny(defence[2]).argmax(1) == defence[3]).float().mean().item()
     assert accuracy == pytest.approx(result.history["valid_acc"][result.best_step], abs=1e-6)
+
+
+def test_until_the_budget_is_used_r_gets_smaller_and_the_search_ends_itself(tiny, defence, golden):
+    x_train, y_train, x_valid, y_valid = defence
+    data = x_train[::4], y_train[::4], x_valid, y_valid
+    config = tiny_config(golden, n_steps=40, acc_degrade=0.05)
+    steps, budget = (tighten(tiny, *data, replace(config, until=until)) for until in ("steps", "budget"))
+    limit = budget.initial_acc - 0.05
+    good = [acc >= limit for acc in budget.history["valid_acc"]]
+    assert budget.found_good
+    assert budget.best_step == np.argmin(np.where(good, budget.history["reg"], np.inf))
+    assert budget.history["reg"][budget.best_step] < steps.history["reg"][steps.best_step]
+    assert len(steps.history["reg"]) == 40 < len(budget.history["reg"]) < 80
+    assert min(budget.history["valid_acc"]) < limit  # it went on until the budget was used
+    for ok, now, after in zip(good[:-1], budget.history["alpha"][:-1], budget.history["alpha"][1:], strict=True):
+        assert ok or after == max(now / 2**1.5, 1e-3)  # a bad step cuts alpha at once
+
+
+def test_until_the_budget_five_bad_steps_lead_back_to_the_best_bounds_at_half_the_rate(tiny):
+    b = torch.nn.Parameter(torch.ones(2, 3, 3))
+    site = models.ClippedReLU(b)
+    schedule, optimizer = BudgetSchedule(UnitConfig()), torch.optim.Adam([site.bound], lr=0.8)
+    best = {"site": torch.full((2, 3, 3), 7.0)}
+    for halvings in range(1, 5):
+        for bad in range(1, 6):
+            site.bound.sum().backward()
+            optimizer.step()
+            schedule.update(False)
+            over = schedule.mend(optimizer, {"site": site}, best)
+            assert not optimizer.state
+            assert over == (bad == 5 and halvings == 4)
+            assert (site.bound == 7).all() == (bad == 5)
+        assert optimizer.param_groups[0]["lr"] == 0.8 / 2**halvings
+    # while no step was good there is nothing to go back to
+    schedule = BudgetSchedule(UnitConfig())
+    for _ in range(30):
+        schedule.update(False)
+        assert not schedule.mend(optimizer, {"site": site}, None)
+    assert optimizer.param_groups[0]["lr"] == 0.05
+
+
+def test_an_unknown_end_of_the_search_is_a_value_error(tiny, defence, golden):
+    with pytest.raises(ValueError, match="neither"):
+        tighten(tiny, *defence, tiny_config(golden, until="dawn"))
 
 
 def test_without_a_good_step_the_last_is_taken(tiny, defence, golden):
