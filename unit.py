@@ -111,6 +111,7 @@ class UnitResult:
 class AlphaSchedule:
     """The weight alpha of the tightening term: doubled while accuracy holds, cut when it does not."""
 
+    speed: ClassVar = 1.0  # the bounds' learning rate is speed * lr
     config: UnitConfig = field(default_factory=UnitConfig)
     alpha: float = field(init=False)  # of the step to come
     up: int = 0  # good steps in a row
@@ -119,8 +120,6 @@ class AlphaSchedule:
 
     def __post_init__(self):
         self.alpha = self.config.alpha
-
-    speed: ClassVar = 1.0  # the bounds' learning rate is speed * lr
 
     def update(self, good):
         """Move on by one step; good: whether the step's validation accuracy was within the budget."""
