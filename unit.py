@@ -140,13 +140,15 @@ class BudgetSchedule(AlphaSchedule):
 
     The authors' alpha falls for dozens of steps after it went too far, and Adam's second moment, which remembers the
     gradients of a large alpha, then keeps the bounds still for a hundred more. Here the bounds move `speed` times as
-    fast; each bad step cuts alpha at once, down to its start, and Adam forgets its moments; after `patience` bad steps
-    in a row the bounds go back to the best so far and the learning rate is halved. With the last of `halvings` the
-    search ends: then no smaller R within the budget was found at the finest rate. It sees what the authors' sees.
+    fast; each bad step cuts alpha at once, down to its start, and Adam forgets its moments, so that cross-entropy heals
+    what was cut too far. Where that takes more than `wait` bad steps in a row, the bounds go back to the best so far
+    and the learning rate is halved. With the last of `halvings` the search ends: then no smaller R within the budget
+    was found at the finest rate. It sees what the authors' sees.
     """
 
     speed: ClassVar = 3.0
-    halvings: ClassVar = 4
+    wait: ClassVar = 20
+    halvings: ClassVar = 3
     halved: int = 0
 
     def update(self, good):
@@ -163,7 +165,7 @@ class BudgetSchedule(AlphaSchedule):
         best_bounds: {site: (C, H, W)}, or None as long as no step was good: then there is nothing to go back to.
         """
         optimizer.state.clear()
-        if self.down < self.config.patience or best_bounds is None:
+        if self.down < self.wait or best_bounds is None:
             return False
         with torch.no_grad():
             for name, site in sites.items():

@@ -109,6 +109,33 @@ def test_the_committed_default_run_is_found():
     )
 
 
+def test_victims_of_every_width_are_cells(house):
+    folder, ran = house
+    full = utils.CKPT / "cifar10_resnet18_badnet.pt"
+    narrow = utils.load_checkpoint(full) | {"target": None}  # another file
+    utils.save_checkpoint(narrow, utils.CKPT / "cifar10_resnet18-w0.125_badnet.pt")
+    run_compare(folder, "--defenses", "none")
+    assert len(ran) == 2
+    page = (folder / "page.md").read_text()
+    assert page.index("| cifar10_resnet18_badnet | none |") < page.index("| cifar10_resnet18-w0.125_badnet | none |")
+
+
+def test_a_search_until_the_budget_is_a_cell_of_its_own():
+    args = compare.parser().parse_args([])
+    usual = {d: compare.usual_settings(args, d, "badnet") for d in ("unit", "unit_budget")}
+    for defense, settings in usual.items():
+        record = {"defense": "unit", "victim": {"sha256": "0"}, "settings": settings | {"seed": 1}}
+        assert [d for d in usual if find([record], d, "0", usual[d])] == [defense]
+
+
+def test_of_two_precisions_bf16_is_the_cell():
+    runs = [
+        {"defense": "ft", "victim": {"sha256": "0"}, "settings": {"seed": 1, "precision": p}} for p in ("bf16", "fp32")
+    ]
+    for records in (runs, runs[::-1]):
+        assert find(records, "ft", "0", {})[1]["settings"]["precision"] == "bf16"
+
+
 def test_the_table_of_the_readme_is_that_of_the_defaults(house):
     with pytest.raises(InputError, match="--page"):
         compare.main([*SAMPLE, "--results", str(house[0] / "results")])
