@@ -139,7 +139,7 @@ class BudgetSchedule(AlphaSchedule):
     """The schedule of a search until the budget is used: ours, no part of UNIT.
 
     The authors' alpha falls for dozens of steps after it went too far, and Adam's second moment, which remembers the
-    gradients of a large alpha, then keeps the bounds all but still for dozens more. Here the bounds move `speed` times as
+    gradients of a large alpha, then keeps the bounds all but still for dozens more. Here they move `speed` times as
     fast; each bad step cuts alpha at once, down to its start, and Adam forgets its moments, so that cross-entropy heals
     what was cut too far. Where that takes more than `wait` bad steps in a row, the bounds go back to the best so far
     and the learning rate is halved. With the last of `halvings` the search ends: then no smaller R within the budget
