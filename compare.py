@@ -140,7 +140,7 @@ def summarise(victim, attack, defense, runs, **about):
         values = [of(r) for r in runs]
         return None if None in values else sum(values) / len(values)
 
-    one, machines = runs[0], sorted({r["machine"]["device"] for r in runs})
+    one, machines = runs[0], sorted({report.machine(r["machine"]) for r in runs})
     outcomes = [r["findings"]["outcome"] for r in runs if "outcome" in r.get("findings", {})]
     s = one["settings"]
     return {

@@ -23,8 +23,10 @@ def percent(share):
 
 def machine(versions):
     """Return where something was computed: the processor or GPU, and its threads."""
-    device, threads = versions["device"], versions["threads"]
-    return device if versions.get("kind") == "cuda" else f"{device}, {threads} thread{'s' * (threads > 1)}"
+    device, threads = versions["device"], versions.get("threads")
+    if threads is None or versions.get("kind") == "cuda":
+        return device
+    return f"{device}, {threads} thread{'s' * (threads > 1)}"
 
 
 def markdown(header, rows):
