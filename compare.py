@@ -69,6 +69,11 @@ def usual_settings(args, defense, attack):
     return {k: v for k, v in (vars(usual) | asdict(config)).items() if k not in FREE}
 
 
+def found(records, column, victim_sum, settings):
+    """Return {seed: record} of the runs that belong into a column; `records`: {path: record}."""
+    return find(records.values(), "unit" if column.startswith("unit") else column, victim_sum, settings)
+
+
 def run_cell(args, defense, attack, victim, seed):
     """Run one cell in a process of its own; return what went wrong in a line, or None."""
     script = {"unit": ["unit.py"], "unit_budget": ["unit.py", "--until", "budget"]}.get(defense)
@@ -120,12 +125,12 @@ def fill(args):
         for defense in args.defenses:
             settings = usual_settings(args, defense, attack)
             for seed in args.seeds:
-                if seed in find(load_records(args.results).values(), defense, victim_sum, settings):
+                if seed in found(load_records(args.results), defense, victim_sum, settings):
                     continue
                 cell = f"{victim.stem}, {defense}, seed {seed}"
                 print(f"--- {cell}", flush=True)
                 error = run_cell(args, defense, attack, victim, seed)
-                if not error and seed not in find(load_records(args.results).values(), defense, victim_sum, settings):
+                if not error and seed not in found(load_records(args.results), defense, victim_sum, settings):
                     error = "it left no record that belongs here"
                 if error:
                     failed.append(f"{cell}: {error}")
@@ -173,10 +178,10 @@ def rows_of(args):
             for ood in dict.fromkeys([None, *(r["settings"].get("ood") for r in records.values())]):
                 if ood is not None and "ood" not in usual:
                     continue
-                found = find(records.values(), defense, victim_sum, usual | ({"ood": ood} if "ood" in usual else {}))
-                if found:
+                runs = found(records, defense, victim_sum, usual | ({"ood": ood} if "ood" in usual else {}))
+                if runs:
                     about = {"note": f"on images of {ood}"} if ood else {}
-                    rows.append(summarise(victim.stem, attack, defense, list(found.values()), **about))
+                    rows.append(summarise(victim.stem, attack, defense, list(runs.values()), **about))
     # DBD has no victim: it trains on the poisoned images itself; runs that differ in their settings are rows apart
     alike = {}
     for r in records.values():
@@ -184,12 +189,12 @@ def rows_of(args):
         if r["defense"] == "dbd" and s["dataset"] == args.dataset and s["network"] == args.network:
             what = json.dumps({k: v for k, v in s.items() if k not in {*FREE, "resume", "overwrite"}}, sort_keys=True)
             alike.setdefault((s["attack"], what), {})[s["seed"]] = r
-    for (attack, what), found in alike.items():
+    for (attack, what), runs in alike.items():
         s = json.loads(what)
         epochs = "+".join(str(s[f"{stage}_epochs"]) for stage in ("simclr", "linear", "mixmatch"))
         rate = f"{100 * s['poison_rate']:g} %"
         note = f"width {s['width']:g}, {epochs} epochs, poison rate {rate}, target {s['target']}"
-        rows.append(summarise(None, attack, "dbd", list(found.values()), note=note))
+        rows.append(summarise(None, attack, "dbd", list(runs.values()), note=note))
     return rows
 
 

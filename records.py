@@ -58,7 +58,7 @@ def find(records, defense, victim_sum, settings):
 
     A run in bf16, which is the default where it is fast, goes before one in fp32.
     """
-    found, defense = {}, "unit" if defense == "unit_budget" else defense
+    found = {}
     for r in sorted(records, key=lambda r: r["settings"].get("precision") != "fp32"):
         same = r["defense"] == defense and r["victim"]["sha256"] == victim_sum and not r.get("interrupted")
         # as JSON has it: tuples are lists

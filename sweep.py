@@ -73,7 +73,12 @@ def main(argv=None):
     if not args.acc_degrade and not args.data_rate:
         raise InputError("there is nothing to run; give --acc_degrade or --data_rate a value")
     victim = utils.victim_path(args)
-    tag = f"{victim.stem} on {args.dataset}"
+    # what gives other figures has a table and a picture of its own
+    tag, name = f"{victim.stem} on {args.dataset}", f"sweep_{args.dataset}_{victim.stem}"
+    if args.draw != parser().get_default("draw"):
+        tag, name = f"{tag}, drawn at {args.draw}", f"{name}_{args.draw}"
+    if args.target != parser().get_default("target"):
+        tag, name = f"{tag}, target {args.target}", f"{name}_target{args.target}"
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for flag in DEFAULTS:
@@ -89,7 +94,7 @@ def main(argv=None):
                     {"flag": flag, "value": value, "images": images, "R": sum(regs) / len(regs), "n": len(runs)} | mean
                 )
     before = runs[0]["before"]
-    page, name = Path(args.results) / "README.md", f"sweep_{args.dataset}_{victim.stem}"
+    page = Path(args.results) / "README.md"
     lines = [
         [
             r["flag"],

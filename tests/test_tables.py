@@ -125,7 +125,7 @@ def test_a_search_until_the_budget_is_a_cell_of_its_own():
     usual = {d: compare.usual_settings(args, d, "badnet") for d in ("unit", "unit_budget")}
     for defense, settings in usual.items():
         record = {"defense": "unit", "victim": {"sha256": "0"}, "settings": settings | {"seed": 1}}
-        assert [d for d in usual if find([record], d, "0", usual[d])] == [defense]
+        assert [d for d in usual if compare.found({"a": record}, d, "0", usual[d])] == [defense]
 
 
 def test_of_two_precisions_bf16_is_the_cell():
@@ -230,5 +230,7 @@ def test_a_sweep_runs_each_value_once(house, monkeypatch, capsys):
     assert page.count("| acc_degrade |") == 2
     assert "| data_rate | 0.5 | 250 |" in page
     assert (folder / "results" / "sweep_cifar10_sample_cifar10_resnet18_badnet.png").exists()
+    sweep.main([*flags, "--draw", "random", "--acc_degrade", "--data_rate", "0.5"])
+    assert (folder / "results" / "README.md").read_text().startswith(page)  # a table apart
     with pytest.raises(InputError, match="nothing to run"):
         sweep.main([*flags, "--acc_degrade"])
