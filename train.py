@@ -34,8 +34,6 @@ def parser():
 if __name__ == "__main__":
     parser().parse_args()  # answers --help and a wrong flag before the seconds that torch takes
 
-import shutil
-import sysconfig
 import time
 from pathlib import Path
 
@@ -163,15 +161,12 @@ def load_init(path, config, poison, model):
 def speed_up(model, compiling, width, n_images, batch_size):
     """Return what trains in the model's place: shared among the processes of torchrun, and compiled if that pays.
 
-    compiling: the flag; n_images: to be trained on; batch_size: over all processes. Compiling takes a minute, and needs
-    a C++ compiler and Python's headers. A batch of another size, the last of an epoch, goes through uncompiled.
+    compiling: the flag; n_images: to be trained on; batch_size: over all processes. A batch of another size, the last
+    of an epoch, goes through uncompiled.
     """
     n_ranks = utils.ranks()[1]
     shared = DistributedDataParallel(model) if n_ranks > 1 else model
-    headers = Path(sysconfig.get_path("include"), "Python.h").exists()
-    pays = n_images * width**2 > 200_000 and headers and any(map(shutil.which, ("g++", "clang++")))
-    # on a GPU the minute is as long as the training
-    pays = pays and next(model.parameters()).is_cpu
+    pays = utils.compiling_pays(next(model.parameters()).device, n_images, width)
     if not {"auto": pays, "on": True, "off": False}[compiling]:
         return shared
     compiled = torch.compile(shared, dynamic=False)

@@ -5,7 +5,9 @@ import hashlib
 import json
 import os
 import platform
+import shutil
 import sys
+import sysconfig
 import time
 from pathlib import Path
 
@@ -172,6 +174,16 @@ def training_layout(model):
     convs = (m for m in model.modules() if isinstance(m, torch.nn.Conv2d))
     narrow = any(m.weight.is_cpu and m.kernel_size == (1, 1) and m.in_channels < 16 for m in convs)
     return torch.contiguous_format if narrow else torch.channels_last
+
+
+def compiling_pays(device, n_images, width):
+    """Return whether to compile a network of this width that trains on n_images in all, epochs counted.
+
+    It takes a minute, as long as the whole training on a GPU, and needs a C++ compiler and Python's headers.
+    """
+    headers = Path(sysconfig.get_path("include"), "Python.h").exists()
+    there = headers and any(map(shutil.which, ("g++", "clang++")))
+    return device.type == "cpu" and there and n_images * width > 200_000
 
 
 def to_float(images):

@@ -5,7 +5,8 @@ first learn features without labels (SimCLR), then a linear layer on them, and t
 finds easy; the rest keeps its images and loses its labels (MixMatch).
 
 Each stage is an object that trains one epoch at a time and whose whole state is a dictionary of tensors and plain
-values, so that a run which was cut off goes on with the same bits.
+values, so that a run which was cut off goes on with the same bits. `fast` is what computes the network's training
+batches of full size in its place: itself, compiled.
 """
 
 import math
@@ -73,8 +74,9 @@ class Contrast:
 
     number = 1
 
-    def __init__(self, network, config, seed):
+    def __init__(self, network, config, seed, fast=None):
         self.network, self.config, self.seed = network, config, seed
+        self.fast = network if fast is None else fast
         self.linear, network.linear = network.linear, nn.Identity()
         self.head = simclr.Projection(self.linear.in_features, config.views.projection).to(self.linear.weight.device)
         self.epochs = config.simclr_epochs
@@ -97,7 +99,8 @@ class Contrast:
         for index in batches:
             x = utils.to_float(images[index.to(images.device)])
             both = torch.cat([simclr.view(x, g, c.views) for _ in range(2)])
-            a, b = self.head(forward(self.network, both, dtype)).chunk(2)
+            net = self.fast if len(both) == 2 * c.simclr_batch else self.network
+            a, b = self.head(forward(net, both, dtype)).chunk(2)
             loss, found = simclr.nt_xent(a, b, c.simclr_temperature)
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()
@@ -128,7 +131,7 @@ class Linear:
 
     number = 2
 
-    def __init__(self, network, config, seed):
+    def __init__(self, network, config, seed, _fast=None):
         self.network, self.config, self.seed = network, config, seed
         self.epochs = config.linear_epochs
         self.optimizer = torch.optim.Adam(network.linear.parameters(), lr=config.linear_lr)
@@ -174,8 +177,9 @@ class Semi(Linear):
 
     number = 3
 
-    def __init__(self, network, config, seed):
+    def __init__(self, network, config, seed, fast=None):
         self.network, self.config, self.seed = network, config, seed
+        self.fast = network if fast is None else fast
         self.epochs = config.mixmatch_epochs
         self.optimizer = torch.optim.Adam(network.parameters(), lr=config.mixmatch_lr)
 
@@ -202,7 +206,7 @@ class Semi(Linear):
             weight = mixmatch.draw_weight(c.mixmatch_alpha, g)
             order = torch.randperm(len(inputs), generator=g).to(images.device)
             inputs, targets = mixmatch.mix(inputs, targets, weight, order)
-            logits = forward(self.network, inputs, dtype)
+            logits = forward(self.fast, inputs, dtype)
             rise = c.mixmatch_weight * (epoch + step / c.mixmatch_steps) / c.mixmatch_epochs
             loss = mixmatch.mixmatch_loss(logits, targets, len(known), rise)
             self.optimizer.zero_grad(set_to_none=True)

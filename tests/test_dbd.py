@@ -253,6 +253,32 @@ def test_the_semi_stage_trains_on_half_and_half(tiny, poisoned, monkeypatch):
     assert torch.equal(tiny.linear.weight, before.linear.weight)
 
 
+class Counting(torch.nn.Module):
+    """Computes what `network` computes, and keeps the sizes of the batches."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network, self.sizes = network, []
+
+    def forward(self, x):
+        self.sizes.append(len(x))
+        return self.network(x)
+
+
+def test_what_computes_in_the_networks_place_gets_the_full_training_batches(tiny, poisoned):
+    networks, losses, sizes = [tiny, copy.deepcopy(tiny)], [], []
+    for network, fast in ((networks[0], None), (networks[1], Counting(networks[1]))):
+        config = dbd.Config(simclr_batch=150, mixmatch_steps=2, mixmatch_batch=8)
+        for stage_of in (dbd.Contrast, dbd.Semi):
+            torch.manual_seed(0)
+            stage = stage_of(network, config, 0, fast)
+            losses.append(stage.train_epoch(*poisoned[:2], 0, torch.float32, silent)["loss"])
+            stage.finish()
+            sizes += fast.sizes if fast else []
+    assert losses[:2] == losses[2:]
+    assert sizes == [300, 300, 300] + [300, 300, 300, 24, 24]  # 3 x 150 of 500 images, twice; 3 x 8
+
+
 # --- the command -----------------------------------------------------------------------------------------------------
 
 RUN = ["--dataset", "cifar10_sample", "--device", "cpu", "--precision", "fp32", "--width", "0.0625"]

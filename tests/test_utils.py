@@ -109,6 +109,11 @@ def test_devices_and_precisions():
                 utils.get_device(name)
 
 
+def test_compiling_pays_for_long_runs_on_a_cpu():
+    assert not utils.compiling_pays(torch.device("cpu"), 199_999, 1.0)
+    assert not utils.compiling_pays(torch.device("cuda"), 10**9, 1.0)
+
+
 def test_unknown_data_set():
     with pytest.raises(InputError, match="cifar10_sample"):
         utils.load_dataset("cifar100", None, True)
