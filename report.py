@@ -23,7 +23,7 @@ def percent(share):
 
 def machine(versions):
     """Return where something was computed: the processor or GPU, and its threads."""
-    device, threads = versions["device"], versions.get("threads")
+    device, threads = versions["device"].replace("(R)", ""), versions.get("threads")
     if threads is None or versions.get("kind") == "cuda":
         return device
     return f"{device}, {threads} thread{'s' * (threads > 1)}"
@@ -92,7 +92,7 @@ def runs(folder):
 
 
 def precisions(folder):
-    """Return the table of the runs of unit.py that differ in nothing but bf16 or fp32, and where they computed."""
+    """Return the table of the runs of unit.py that differ in nothing but bf16 or fp32, and the machine."""
     alike = {}
     for r in load_records(folder, "unit").values():
         what = {k: v for k, v in r["settings"].items() if k not in FREE}
@@ -109,7 +109,8 @@ def precisions(folder):
         rows.append([
             Path(pair["bf16"]["victim"]["file"]).stem, s["dataset"], steps(pair["bf16"]),
             *(f"{percent(m['BA'])} / {percent(m['ASR'])}" for m in (a, b)),
-            " / ".join(apart), *(r["best_step"] + 1 for r in both), *(f"{r['seconds']:.0f}" for r in both),
+            " / ".join(apart), *(r["best_step"] + 1 for r in both),
+            *(f"{r['seconds']:.0f} ({machine(r['machine'])})" for r in both),
         ])  # fmt: skip
     header = ["victim", "measured on", "steps", "BA/ASR after, bf16", "fp32", "difference", "step chosen, bf16", "fp32"]
     return markdown([*header, "seconds, bf16", "fp32"], rows)
