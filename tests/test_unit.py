@@ -1,11 +1,14 @@
 """The method: the recorded trajectory, and properties of the bounds."""
 
 import copy
+import itertools
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import models
 import unit
@@ -20,33 +23,81 @@ def tiny_config(golden, **kwargs):
 
 @pytest.fixture(scope="module", params=[400, 64])
 def golden_run(request, untouched, defence, golden):
-    """Our run of the recorded 140 steps: in full batches, and in micro-batches (64 does not divide 400)."""
-    return tighten(untouched, *defence, tiny_config(golden, micro_batch=request.param))
+    """Our run of the recorded 140 steps: in full batches, and in micro-batches (64 does not divide 400).
+
+    Beside the result, what Adam was given at the first step, the best one and the last: {step: [(bound, gradient)]}.
+    """
+    steps, given = (0, int(golden["best_step"]), int(golden["n_steps"]) - 1), {}
+    count = itertools.count()
+
+    def keep(optimizer, _args, _kwargs):
+        if (step := next(count)) in steps:
+            given[step] = [(b.detach().clone(), b.grad.clone()) for b in optimizer.param_groups[0]["params"]]
+
+    handle = register_optimizer_step_pre_hook(keep)
+    result = tighten(untouched, *defence, tiny_config(golden, micro_batch=request.param))
+    handle.remove()
+    return result, given
+
+
+class Literal(torch.nn.Module):
+    """The clip as the paper has it; where a = c the gradient goes to a, as a dead neuron should move no bound."""
+
+    def __init__(self, bound):
+        super().__init__()
+        self.bound = torch.nn.Parameter(bound)
+
+    def forward(self, x):
+        a, c = x.clamp_min(0), self.bound.clamp_min(0)
+        return torch.where(a > c, c, a)
 
 
 def test_golden_trajectory(golden_run, golden):
-    result, history = golden_run, golden_run.history
+    """Rounding differences grow: from about step 100 on they are all there is.
+
+    The loop taken literally, in float32, departs from itself by 1.2e-4 (R) and 1.4e-3 (a site's mean) after its start
+    was moved by one rounding at random, and from the record by as much; in double precision the record is 1.3e-4 and
+    1.6e-3 away. So the late bounds are twice that; each step is held to double precision below.
+    """
+    result, history = golden_run[0], golden_run[0].history
     assert result.initial_acc == pytest.approx(float(golden["valid_acc_initial"]), abs=1e-6)
     np.testing.assert_array_equal(history["alpha"], golden["alpha"])
-    np.testing.assert_allclose(history["reg"], golden["reg"], rtol=1e-4)
-    np.testing.assert_allclose(history["ce"], golden["ce"], atol=5e-3)
+    best, late = int(golden["best_step"]) + 1, 100
+    for steps, rtol in ((slice(best), 5e-5), (slice(late), 1e-4), (slice(None), 3e-4)):
+        np.testing.assert_allclose(history["reg"][steps], golden["reg"][steps], rtol=rtol)
+    np.testing.assert_allclose(history["ce"], golden["ce"], atol=2e-3)
     np.testing.assert_allclose(history["valid_acc"], golden["valid_acc"], atol=0.0201)  # a boundary image may flip
     recorded = [v for k, v in golden.items() if k.startswith("bound_mean.")]
     for mean, (name, ours) in zip(recorded, result.bound_mean.items(), strict=True):
-        # rounding differences grow: seen, 1.6e-4 up to the best step, 9e-4 of the mean at the end
-        first = slice(int(golden["best_step"]) + 1)
-        np.testing.assert_allclose(ours[first], mean[first], rtol=0, atol=3e-4, err_msg=name)
-        np.testing.assert_allclose(ours, mean, rtol=1e-3, err_msg=name)
+        for steps, atol in ((slice(best), 3e-4), (slice(late), 1e-3), (slice(None), 3e-3)):
+            np.testing.assert_allclose(ours[steps], mean[steps], rtol=0, atol=atol, err_msg=name)
     assert result.best_step == golden["best_step"]
     # the bounds that were measured: those after the chosen step's update
     for name, bound in result.bounds.items():
         assert bound.mean().item() == pytest.approx(result.bound_mean[name][result.best_step], rel=1e-5)
 
 
+def test_gradients_are_those_of_double_precision(golden_run, untouched, defence, golden):
+    """All along the search: whatever bounds it has come to, its next step is the method's."""
+    result, given = golden_run
+    assert sorted(given) == [0, int(golden["best_step"]), int(golden["n_steps"]) - 1]
+    for step, pairs in given.items():
+        net = copy.deepcopy(untouched).double()
+        sites = {name: Literal(b.double()) for name, (b, _) in zip(models.activation_sites(net), pairs, strict=True)}
+        for name, site in sites.items():
+            net.set_submodule(name, site)
+        reg = sum(site.bound.clamp_min(0).mean() for site in sites.values())
+        loss = F.cross_entropy(net(defence[0].double()), defence[1]) + result.history["alpha"][step] * reg
+        exact = torch.autograd.grad(loss, [site.bound for site in sites.values()])
+        for name, want, (_, got) in zip(sites, exact, pairs, strict=True):
+            # seen, 3e-7 where rounding takes no activation to the other side of its bound, else up to 1.8e-3
+            assert (got - want).norm() < 5e-3 * want.norm(), (step, name)
+
+
 def test_single_bounds_agree_with_the_record_as_long_as_rounding_allows(golden_run, golden):
     """The recorded best bounds are those before the best step's update, ours those after it."""
     keys = (k for k in golden if k.startswith("best_bound."))
-    for key, bound in zip(keys, golden_run.bounds.values(), strict=True):
+    for key, bound in zip(keys, golden_run[0].bounds.values(), strict=True):
         recorded = torch.from_numpy(golden[key])
         assert bound.shape == recorded.shape
         assert (bound - recorded).abs().mean() < 2 * float(golden["lr"])
@@ -82,7 +133,7 @@ def test_bounds_start_at_mean_plus_four_sigma(tiny, defence):
 
 
 def test_chosen_bounds_are_good_measured_and_never_negative(golden_run, tiny, defence, golden):
-    result = golden_run
+    result, _ = golden_run
     good = [acc >= result.initial_acc - float(golden["acc_degrade"]) for acc in result.history["valid_acc"]]
     regs = [r if ok else np.inf for r, ok in zip(result.history["reg"], good, strict=True)]
     assert result.found_good
@@ -95,7 +146,7 @@ def test_chosen_bounds_are_good_measured_and_never_negative(golden_run, tiny, de
 
 
 def test_until_the_budget_is_used_r_gets_smaller_and_the_search_ends_itself(tiny, defence, golden, monkeypatch):
-    monkeypatch.setattr(BudgetSchedule, "wait", 5)  # shortens the test
+    monkeypatch.setattr(BudgetSchedule, "wait", 10)  # shortens the test
     x_train, y_train, x_valid, y_valid = defence
     data = x_train[::4], y_train[::4], x_valid, y_valid
     config = tiny_config(golden, n_steps=40, acc_degrade=0.05)
