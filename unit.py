@@ -288,7 +288,7 @@ def initial_bounds(net, x_batches, n_sigma):
         utils.sum_over_ranks([n, s1, s2])
         mean = s1 / n
         variance = (s2 - n * mean.square()).clamp_min(0) / (n - 1).clamp_min(1)
-        bounds[name] = (mean + n_sigma * variance.sqrt()).float()
+        bounds[name] = mean.float() + n_sigma * variance.sqrt().float()  # rounded where the published code rounds
     return bounds
 
 
