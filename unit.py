@@ -80,7 +80,7 @@ class UnitConfig:
     betas: tuple[float, float] = (0.5, 0.9)  # of Adam
     eps: float = 1e-8  # of Adam; it matters, the gradient of alpha * R is itself about 1e-8
     micro_batch: int | None = None  # images in memory at a time, None: by device; changes nothing but rounding
-    precision: str = "fp32"  # of the network's arithmetic, or bf16; the search keeps its bounds in double, or fp32
+    precision: str = "fp32"  # of the network's arithmetic, or bf16; the bounds are fp32 always
 
     @property
     def max_steps(self):
@@ -204,9 +204,6 @@ def tighten(model, x_train, y_train, x_valid, y_valid, config=UnitConfig(), on_s
     initial_acc = accuracy(net, *valid)
     models.set_bounds(net, initial_bounds(net, train[0], config.n_sigma))
     sites = models.activation_sites(net)
-    if config.precision == "fp32" and device.type != "mps":  # which has no double precision
-        for site in sites.values():
-            site.double()  # else what the micro-batches add up to depends on how the images are cut
     bounds = [site.bound for site in sites.values()]
     schedule = (AlphaSchedule if config.until == "steps" else BudgetSchedule)(config)
     optimizer = torch.optim.Adam(bounds, lr=schedule.speed * config.lr, betas=config.betas, eps=config.eps)
@@ -291,7 +288,7 @@ def initial_bounds(net, x_batches, n_sigma):
         utils.sum_over_ranks([n, s1, s2])
         mean = s1 / n
         variance = (s2 - n * mean.square()).clamp_min(0) / (n - 1).clamp_min(1)
-        bounds[name] = mean.float() + n_sigma * variance.sqrt().float()  # rounded where the published code rounds
+        bounds[name] = (mean + n_sigma * variance.sqrt()).float()
     return bounds
 
 
@@ -336,7 +333,7 @@ def _batches(x, y, size, device):
 
 
 def _snapshot(sites):
-    return {name: site.clip_level().detach().float() for name, site in sites.items()}
+    return {name: site.clip_level().detach() for name, site in sites.items()}
 
 
 # --- the command ------------------------------------------------------------------------------------------------------

@@ -10,12 +10,12 @@ class _ReLUClip(torch.autograd.Function):
 
     x: (N, C, H, W) or (N, F); c: fp32 without the N. At ties the whole gradient goes to x and none to the bound: a dead
     neuron (activation 0, bound 0) moves no bound. The bound's gradient is summed over the batch in fp32, and rounded to
-    x's precision once at the end; in double precision where the bound is kept so.
+    x's precision once at the end.
     """
 
     @staticmethod
     def forward(ctx, x, c):
-        ctx.bound_dtype, c = c.dtype, c.to(x.dtype)
+        c = c.to(x.dtype)
         ctx.save_for_backward(x, c)
         return torch.minimum(x, c).clamp_min_(0)
 
@@ -26,21 +26,19 @@ class _ReLUClip(torch.autograd.Function):
         # threshold_backward(g, t, 0) is g where t > 0 and else 0, in one pass; x > c >= 0 implies x > 0
         to_bound = torch.ops.aten.threshold_backward(grad, x - c, 0)
         grad_x = torch.ops.aten.threshold_backward(grad, x, 0) - to_bound if ctx.needs_input_grad[0] else None
-        grad_c = _sum_over_batch(to_bound, ctx.bound_dtype) if ctx.needs_input_grad[1] else None
+        grad_c = _sum_over_batch(to_bound) if ctx.needs_input_grad[1] else None
         return grad_x, grad_c
 
 
-def _sum_over_batch(t, dtype):
+def _sum_over_batch(t):
     """Sum (N, C, H, W), channels last in memory, to (C, H, W); over flat rows, which is many times faster.
 
     torch adds bf16 numbers in fp32 and rounds the sum. To ask for an fp32 sum costs six times as long on a CPU.
-    dtype: of the result; the sum is in double precision only where this is.
     """
-    wide = torch.float64 if dtype == torch.float64 else None
     if t.dim() != 4:
-        return t.sum(0, dtype=wide).to(dtype)
+        return t.sum(0).float()
     rows = t.permute(0, 2, 3, 1)
-    return rows.flatten(1).sum(0, dtype=wide).view(rows.shape[1:]).permute(2, 0, 1).to(dtype)
+    return rows.flatten(1).sum(0).view(rows.shape[1:]).permute(2, 0, 1).float()
 
 
 class ClippedReLU(nn.Module):

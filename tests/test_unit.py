@@ -1,24 +1,18 @@
 """The method: the recorded trajectory, and properties of the bounds."""
 
 import copy
-import os
-import subprocess
-import sys
+import itertools
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import models
 import unit
 from unit import AlphaSchedule, BudgetSchedule, UnitConfig, tighten
-
-ROOT = Path(__file__).resolve().parents[1]
-# what every x86-64 processor has, and sums in the same order on all
-PINNED = {"ONEDNN_MAX_CPU_ISA": "SSE41", "ATEN_CPU_CAPABILITY": "default", "MKL_CBWR": "COMPATIBLE"}
 
 
 def tiny_config(golden, **kwargs):
@@ -29,26 +23,21 @@ def tiny_config(golden, **kwargs):
 
 @pytest.fixture(scope="module", params=[400, 64])
 def golden_run(request, untouched, defence, golden):
-    """Our run up to the recorded best step: in full batches, and in micro-batches (64 does not divide 400)."""
-    steps = int(golden["best_step"]) + 1
-    return tighten(untouched, *defence, tiny_config(golden, n_steps=steps, micro_batch=request.param))
+    """Our run of the recorded 140 steps: in full batches, and in micro-batches (64 does not divide 400).
 
-
-@pytest.fixture(scope="module")
-def pinned_runs(tmp_path_factory):
-    """Our run of all recorded steps, one thread, in the arithmetic PINNED: {micro-batch: what search.py saved}.
-
-    Why in that: tests/golden/README.md.
+    Beside the result, what Adam was given at the first step, the best one and the last: {step: [(bound, gradient)]}.
     """
-    folder = tmp_path_factory.mktemp("pinned")
-    env = {**os.environ, "PYTHONPATH": str(ROOT), **PINNED}
-    paths = {m: folder / f"{m}.pt" for m in (400, 64)}
-    commands = [
-        [sys.executable, str(ROOT / "tests" / "golden" / "search.py"), str(m), str(p)] for m, p in paths.items()
-    ]
-    running = [subprocess.Popen(command, env=env) for command in commands]
-    assert [process.wait() for process in running] == [0, 0]
-    return {m: torch.load(path, weights_only=True) for m, path in paths.items()}
+    steps, given = (0, int(golden["best_step"]), int(golden["n_steps"]) - 1), {}
+    count = itertools.count()
+
+    def keep(optimizer, _args, _kwargs):
+        if (step := next(count)) in steps:
+            given[step] = [(b.detach().clone(), b.grad.clone()) for b in optimizer.param_groups[0]["params"]]
+
+    handle = register_optimizer_step_pre_hook(keep)
+    result = tighten(untouched, *defence, tiny_config(golden, micro_batch=request.param))
+    handle.remove()
+    return result, given
 
 
 class Literal(torch.nn.Module):
@@ -63,52 +52,35 @@ class Literal(torch.nn.Module):
         return torch.where(a > c, c, a)
 
 
-def hold_to_the_record(history, bound_mean, golden):
-    """Compare as many steps as were done with the record."""
-    n, best, late = len(history["reg"]), int(golden["best_step"]) + 1, 100
-    np.testing.assert_array_equal(history["alpha"], golden["alpha"][:n])
+def test_golden_trajectory(golden_run, golden):
+    """Rounding differences grow: from about step 100 on they are all there is.
+
+    The loop taken literally, in float32, departs from itself by 1.2e-4 (R) and 1.4e-3 (a site's mean) after its start
+    was moved by one rounding at random, and from the record by as much; in double precision the record is 1.3e-4 and
+    1.6e-3 away. So on some processors a late bound fails; each step is held to double precision below.
+    """
+    result, history = golden_run[0], golden_run[0].history
+    assert result.initial_acc == pytest.approx(float(golden["valid_acc_initial"]), abs=1e-6)
+    np.testing.assert_array_equal(history["alpha"], golden["alpha"])
+    best, late = int(golden["best_step"]) + 1, 100
     for steps, rtol in ((slice(best), 5e-5), (slice(None), 1e-4)):
-        np.testing.assert_allclose(history["reg"][steps], golden["reg"][:n][steps], rtol=rtol)
-    np.testing.assert_allclose(history["ce"], golden["ce"][:n], atol=2e-3)
-    # a boundary image may flip
-    np.testing.assert_allclose(history["valid_acc"], golden["valid_acc"][:n], atol=0.0201)
-    recorded = [v[:n] for k, v in golden.items() if k.startswith("bound_mean.")]
-    for mean, (name, ours) in zip(recorded, bound_mean.items(), strict=True):
+        np.testing.assert_allclose(history["reg"][steps], golden["reg"][steps], rtol=rtol)
+    np.testing.assert_allclose(history["ce"], golden["ce"], atol=2e-3)
+    np.testing.assert_allclose(history["valid_acc"], golden["valid_acc"], atol=0.0201)  # a boundary image may flip
+    recorded = [v for k, v in golden.items() if k.startswith("bound_mean.")]
+    for mean, (name, ours) in zip(recorded, result.bound_mean.items(), strict=True):
         for steps, atol in ((slice(best), 3e-4), (slice(late), 1e-3)):
             np.testing.assert_allclose(ours[steps], mean[steps], rtol=0, atol=atol, err_msg=name)
         np.testing.assert_allclose(ours, mean, rtol=1e-3, err_msg=name)
-
-
-def test_golden_trajectory(golden_run, golden):
-    """In this machine's own arithmetic up to the best step, as long as rounding leaves more than itself."""
-    assert golden_run.initial_acc == pytest.approx(float(golden["valid_acc_initial"]), abs=1e-6)
-    hold_to_the_record(golden_run.history, golden_run.bound_mean, golden)
-    assert golden_run.best_step == golden["best_step"]
+    assert result.best_step == golden["best_step"]
     # the bounds that were measured: those after the chosen step's update
-    for name, bound in golden_run.bounds.items():
-        assert bound.mean().item() == pytest.approx(golden_run.bound_mean[name][golden_run.best_step], rel=1e-5)
+    for name, bound in result.bounds.items():
+        assert bound.mean().item() == pytest.approx(result.bound_mean[name][result.best_step], rel=1e-5)
 
 
-@pytest.mark.parametrize("micro_batch", [400, 64])
-def test_golden_trajectory_to_the_end(pinned_runs, golden, micro_batch):
-    """All 140 steps. The late ones are a draw of rounding, so the arithmetic is one that was seen to hold the bounds.
-
-    The method itself is held to double precision at the first, the best and the last step below.
-    """
-    run = pinned_runs[micro_batch]
-    assert run["initial_acc"] == pytest.approx(float(golden["valid_acc_initial"]), abs=1e-6)
-    assert len(run["history"]["reg"]) == int(golden["n_steps"])
-    hold_to_the_record(run["history"], run["bound_mean"], golden)
-    assert run["best_step"] == golden["best_step"]
-    for name, bound in run["bounds"].items():
-        assert bound.mean().item() == pytest.approx(run["bound_mean"][name][run["best_step"]], rel=1e-5)
-
-
-@pytest.mark.parametrize("micro_batch", [400, 64])
-def test_gradients_are_those_of_double_precision(pinned_runs, untouched, defence, golden, micro_batch):
+def test_gradients_are_those_of_double_precision(golden_run, untouched, defence, golden):
     """All along the search: whatever bounds it has come to, its next step is the method's."""
-    run = pinned_runs[micro_batch]
-    given = run["given"]
+    result, given = golden_run
     assert sorted(given) == [0, int(golden["best_step"]), int(golden["n_steps"]) - 1]
     for step, pairs in given.items():
         net = copy.deepcopy(untouched).double()
@@ -116,7 +88,7 @@ def test_gradients_are_those_of_double_precision(pinned_runs, untouched, defence
         for name, site in sites.items():
             net.set_submodule(name, site)
         reg = sum(site.bound.clamp_min(0).mean() for site in sites.values())
-        loss = F.cross_entropy(net(defence[0].double()), defence[1]) + run["history"]["alpha"][step] * reg
+        loss = F.cross_entropy(net(defence[0].double()), defence[1]) + result.history["alpha"][step] * reg
         exact = torch.autograd.grad(loss, [site.bound for site in sites.values()])
         for name, want, (_, got) in zip(sites, exact, pairs, strict=True):
             # seen, 3e-7 where rounding takes no activation to the other side of its bound, else up to 1.8e-3
@@ -126,7 +98,7 @@ def test_gradients_are_those_of_double_precision(pinned_runs, untouched, defence
 def test_single_bounds_agree_with_the_record_as_long_as_rounding_allows(golden_run, golden):
     """The recorded best bounds are those before the best step's update, ours those after it."""
     keys = (k for k in golden if k.startswith("best_bound."))
-    for key, bound in zip(keys, golden_run.bounds.values(), strict=True):
+    for key, bound in zip(keys, golden_run[0].bounds.values(), strict=True):
         recorded = torch.from_numpy(golden[key])
         assert bound.shape == recorded.shape
         assert (bound - recorded).abs().mean() < 2 * float(golden["lr"])
@@ -161,16 +133,17 @@ def test_bounds_start_at_mean_plus_four_sigma(tiny, defence):
         torch.testing.assert_close(got[name].double(), want[name], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("micro_batch", [400, 64])
-def test_chosen_bounds_are_good_measured_and_never_negative(pinned_runs, tiny, golden, micro_batch):
-    run = pinned_runs[micro_batch]
-    good = [acc >= run["initial_acc"] - float(golden["acc_degrade"]) for acc in run["history"]["valid_acc"]]
-    regs = [r if ok else np.inf for r, ok in zip(run["history"]["reg"], good, strict=True)]
-    assert run["found_good"]
-    assert run["best_step"] == int(np.argmin(regs))
-    assert all((b >= 0).all() for b in run["bounds"].values())
-    assert list(run["bounds"]) == list(models.activation_sites(tiny))
-    assert run["accuracy"] == pytest.approx(run["history"]["valid_acc"][run["best_step"]], abs=1e-6)
+def test_chosen_bounds_are_good_measured_and_never_negative(golden_run, tiny, defence, golden):
+    result, _ = golden_run
+    good = [acc >= result.initial_acc - float(golden["acc_degrade"]) for acc in result.history["valid_acc"]]
+    regs = [r if ok else np.inf for r, ok in zip(result.history["reg"], good, strict=True)]
+    assert result.found_good
+    assert result.best_step == int(np.argmin(regs))
+    assert all((b >= 0).all() for b in result.bounds.values())
+    assert list(result.bounds) == list(models.activation_sites(tiny))
+    models.set_bounds(tiny, result.bounds)
+    accuracy = (tiny(defence[2]).argmax(1) == defence[3]).float().mean().item()
+    assert accuracy == pytest.approx(result.history["valid_acc"][result.best_step], abs=1e-6)
 
 
 def test_until_the_budget_is_used_r_gets_smaller_and_the_search_ends_itself(tiny, defence, golden, monkeypatch):
