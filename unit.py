@@ -262,19 +262,14 @@ def tighten(model, x_train, y_train, x_valid, y_valid, config=UnitConfig(), on_s
 def initial_bounds(net, x_batches, n_sigma):
     """Return {site: mean + n_sigma * std} over all images of the unclipped activations, std with n - 1 below.
 
-    x_batches: tuple of (n, 3, H, W). Their sums are kept in double precision, so that the bounds do not depend on
-    how the images are cut into batches; no activation is kept.
+    x_batches: tuple of (n, 3, H, W). However the images are cut into batches, the bounds are to the bit what torch.mean
+    and torch.std give on a CPU for all of them at once, as the published code starts; no activation is kept.
     """
-    sums = {}
-
-    def add(name, a):
-        a = (a.cpu() if a.device.type == "mps" else a).double()  # mps has no double precision
-        n, s1, s2 = sums.get(name, (0, 0, 0))
-        sums[name] = n + len(a), s1 + a.sum(0), s2 + a.square().sum(0)
-
+    sites = models.activation_sites(net)
+    moments = {name: _Moments() for name in sites}
     handles = [
-        site.register_forward_hook(lambda _module, _inputs, output, name=name: add(name, output))
-        for name, site in models.activation_sites(net).items()
+        site.register_forward_hook(lambda _module, _inputs, output, name=name: moments[name].add(output))
+        for name, site in sites.items()
     ]
     try:
         for x in x_batches:
@@ -283,13 +278,46 @@ def initial_bounds(net, x_batches, n_sigma):
         for handle in handles:
             handle.remove()
     bounds = {}
-    for name, (n, s1, s2) in sums.items():
-        n = torch.tensor(n, dtype=s1.dtype, device=s1.device)
-        utils.sum_over_ranks([n, s1, s2])
-        mean = s1 / n
-        variance = (s2 - n * mean.square()).clamp_min(0) / (n - 1).clamp_min(1)
-        bounds[name] = (mean + n_sigma * variance.sqrt()).float()
+    for name, seen in moments.items():
+        mean, std = seen.mean_and_std()
+        bounds[name] = mean + n_sigma * std
     return bounds
+
+
+class _Moments:
+    """Mean and standard deviation over images that come a few at a time, rounded where torch.mean and torch.std round.
+
+    torch adds float32 images one after the other, and starts afresh after 16, these sums' sums after 16 of them, and so
+    on; a standard deviation it accumulates in double precision.
+    """
+
+    def __init__(self):
+        self.n = 0
+        self.levels = []  # sums since the last 16th image, since the last 256th, ...
+        self.s1 = self.s2 = 0  # in double precision
+
+    def add(self, a):
+        """Take further activations (n, C, H, W)."""
+        a = (a.cpu() if a.device.type == "mps" else a).float()  # mps has no double precision
+        self.levels = self.levels or [torch.zeros_like(a[0]) for _ in range(4)]
+        for image in a:
+            self.levels[0] += image
+            self.n += 1
+            for level in (1, 2, 3):
+                if self.n % 16**level:
+                    break
+                self.levels[level] += self.levels[level - 1]
+                self.levels[level - 1].zero_()
+        a = a.double()
+        self.s1, self.s2 = self.s1 + a.sum(0), self.s2 + a.square().sum(0)
+
+    def mean_and_std(self):
+        """Return both, float32 (C, H, W), std with n - 1 below; under torchrun of the images of all processes."""
+        n = torch.tensor(self.n, dtype=self.s1.dtype, device=self.s1.device)
+        total = sum(self.levels[1:], self.levels[0])
+        utils.sum_over_ranks([n, total, self.s1, self.s2])
+        variance = (self.s2 - self.s1.square() / n).clamp_min(0) / (n - 1).clamp_min(1)
+        return total / n.float(), variance.sqrt().float()
 
 
 @torch.no_grad()
