@@ -56,9 +56,14 @@ def bounded(kind, low=None, high=None, low_open=False):
     return parse
 
 
+def bare_parser(prog, description):
+    """Return an ArgumentParser without any flag but --help."""
+    return _Parser(prog=prog, description=description, formatter_class=_Help)
+
+
 def parser(prog, description, attacks=ATTACKS):
     """Return an ArgumentParser that knows the flags every command has (names and defaults are the authors')."""
-    p = _Parser(prog=prog, description=description, formatter_class=_Help)
+    p = bare_parser(prog, description)
     p.add_argument("--datadir", default=str(ROOT / "data"), help="folder of the data sets")
     p.add_argument("--dataset", default="cifar10", choices=DATASETS, help="cifar10_sample is embedded: no download")
     p.add_argument("--network", default="resnet18", choices=NETWORKS, help="network of the victim")

@@ -5,11 +5,21 @@
 No figure in them is typed by hand: they come from the checkpoints and from results/*.json, and stand between two marks.
 """
 
+import cli
+
+
+def parser():
+    """Return the command's parser."""
+    return cli.bare_parser("report.py", "write the tables of victims and runs into ckpt/README.md and README.md")
+
+
+if __name__ == "__main__":
+    parser().parse_args()  # answers --help and a wrong flag before the seconds that torch takes
+
 import json
 import sys
 from pathlib import Path
 
-import cli
 import utils
 from records import FREE, load_records
 
@@ -136,8 +146,9 @@ def put(path, table, script="report.py"):
     utils.write_whole(path, lambda p: p.write_text(new))
 
 
-def main():
+def main(argv=None):
     """The command."""
+    parser().parse_args(argv)
     root = Path(cli.ROOT)
     put(root / "ckpt" / "README.md", victims(root / "ckpt"))
     put(root / "README.md", runs(root / "results"))

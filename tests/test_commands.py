@@ -66,6 +66,17 @@ def test_numbers_out_of_range(script, flags, reason):
     assert process.returncode == 2
 
 
+def test_report_takes_no_flag_and_its_help_writes_nothing():
+    pages = [ROOT / "README.md", ROOT / "ckpt" / "README.md"]
+    before = [page.stat().st_mtime_ns for page in pages]
+    for flag, status in (("--help", 0), ("--nonsense", 2)):
+        process = command("report.py", flag)
+        _, err = process.communicate()
+        assert process.returncode == status
+        assert err.count("\n") == status // 2
+    assert [page.stat().st_mtime_ns for page in pages] == before
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_names_every_flag_of_the_paper(script):
     process = command(script, "--help")
