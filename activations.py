@@ -98,14 +98,7 @@ def _values(net, images, trigger, batch_size, places, levels):
 
 def _watch(net, images, trigger, batch_size, look):
     """Run all images through the network, and call look(site, activations) for every site and batch."""
-    handles = [
-        site.register_forward_hook(lambda _module, _inputs, out, name=name: look(name, out))
-        for name, site in models.activation_sites(net).items()
-    ]
-    try:
+    with models.watching(net, look):
         for x in images.split(batch_size):
             x = utils.to_float(x)
             net(x if trigger is None else trigger(x))
-    finally:
-        for handle in handles:
-            handle.remove()

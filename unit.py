@@ -265,18 +265,10 @@ def initial_bounds(net, x_batches, n_sigma):
     x_batches: tuple of (n, 3, H, W). However the images are cut into batches, the bounds are to the bit what torch.mean
     and torch.std give on a CPU for all of them at once, as the published code starts; no activation is kept.
     """
-    sites = models.activation_sites(net)
-    moments = {name: _Moments() for name in sites}
-    handles = [
-        site.register_forward_hook(lambda _module, _inputs, output, name=name: moments[name].add(output))
-        for name, site in sites.items()
-    ]
-    try:
+    moments = {name: _Moments() for name in models.activation_sites(net)}
+    with models.watching(net, lambda name, a: moments[name].add(a)):
         for x in x_batches:
             net(x)
-    finally:
-        for handle in handles:
-            handle.remove()
     bounds = {}
     for name, seen in moments.items():
         mean, std = seen.mean_and_std()

@@ -2,7 +2,7 @@
 
 from functools import partial
 
-from .custom_modules import ClippedReLU, activation_sites, set_bounds, site_shapes
+from .custom_modules import ClippedReLU, activation_sites, set_bounds, site_shapes, watching
 from .pickled import MAX_CLASSES, MAX_WIDTH, describe_state_dict, read_pickle
 from .resnet import BasicBlock, Bottleneck, ResNet
 
@@ -17,6 +17,7 @@ __all__ = [
     "read_pickle",
     "set_bounds",
     "site_shapes",
+    "watching",
 ]
 
 NETWORKS = {

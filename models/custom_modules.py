@@ -1,5 +1,8 @@
 """The clipping activation, and how it gets into a network and out of it again."""
 
+import contextlib
+import functools
+
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
@@ -72,19 +75,27 @@ def activation_sites(model):
     return {name: m for name, m in model.named_modules() if isinstance(m, (nn.ReLU, ClippedReLU))}
 
 
+@contextlib.contextmanager
+def watching(model, look):
+    """Within this context, call look(site, activations (N, C, H, W)) at every site of each forward pass."""
+
+    def hook(name, _module, _inputs, out):
+        look(name, out)  # and returns nothing: what a hook returns takes the activations' place
+
+    handles = [s.register_forward_hook(functools.partial(hook, name)) for name, s in activation_sites(model).items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 @torch.no_grad()
 def site_shapes(model, size=32):
     """Return {site: (C, H, W)}, the shape of each site's bound for square images of `size`; model in eval mode."""
     shapes, device = {}, next(model.parameters()).device
-    handles = [
-        site.register_forward_hook(lambda _module, _inputs, out, name=name: shapes.update({name: tuple(out.shape[1:])}))
-        for name, site in activation_sites(model).items()
-    ]
-    try:
+    with watching(model, lambda name, a: shapes.update({name: tuple(a.shape[1:])})):
         model(torch.zeros(1, 3, size, size, device=device))
-    finally:
-        for handle in handles:
-            handle.remove()
     return shapes
 
 

@@ -123,10 +123,9 @@ def test_same_input_same_bits_and_the_model_is_left_alone(tiny, defence, golden)
 def test_bounds_start_at_mean_plus_four_sigma(tiny, defence):
     """In float32 to the bit, where the same activations are given: a rounding of the start is seen late in a search."""
     seen = {name: [] for name in models.activation_sites(tiny)}
-    for name, site in models.activation_sites(tiny).items():
-        site.register_forward_hook(lambda _m, _i, out, name=name: seen[name].append(out))
-    got = unit.initial_bounds(tiny, defence[0].split(150), 4.0)
-    assert seen
+    with models.watching(tiny, lambda name, a: seen[name].append(a)):
+        got = unit.initial_bounds(tiny, defence[0].split(150), 4.0)
+    assert len(seen) == 17
     for name, outputs in seen.items():
         a = torch.cat(outputs)
         assert torch.equal(got[name], a.mean(0) + 4 * a.std(0)), name
