@@ -91,14 +91,15 @@ def main(argv=None):
                 regs = [r["history"]["reg"][r["best_step"]] for r in runs]
                 images = runs[0]["n_train"] + runs[0]["n_valid"]
                 rows.append(
-                    {"flag": flag, "value": value, "images": images, "R": sum(regs) / len(regs), "n": len(runs)} | mean
-                )
+                    {"flag": flag, "value": value, "images": images, "R": sum(regs) / len(regs), "n": len(runs)}
+                    | {"met": all(r["found_good"] for r in runs)} | mean
+                )  # fmt: skip
     before = runs[0]["before"]
     page = Path(args.results) / "README.md"
     lines = [
         [
             r["flag"],
-            r["value"],
+            r["value"] if r["met"] else f"{r['value']} (no step within acc_degrade; the last one taken)",
             f"{r['images']:,}",
             report.percent(r["BA"]),
             report.percent(r["ASR"]),

@@ -232,5 +232,10 @@ def test_a_sweep_runs_each_value_once(house, monkeypatch, capsys):
     assert (folder / "results" / "sweep_cifar10_sample_cifar10_resnet18_badnet.png").exists()
     sweep.main([*flags, "--draw", "random", "--acc_degrade", "--data_rate", "0.5"])
     assert (folder / "results" / "README.md").read_text().startswith(page)  # a table apart
+    for good, said in ((True, "| 0.01 |"), (False, "| 0.01 (no step within acc_degrade; the last one taken) |")):
+        for path in (folder / "results").glob("unit_*.json"):
+            path.write_text(json.dumps(json.loads(path.read_text()) | {"found_good": good}))
+        sweep.main([*flags, "--acc_degrade", "0.01", "--data_rate"])
+        assert f"| acc_degrade {said}" in (folder / "results" / "README.md").read_text()
     with pytest.raises(InputError, match="nothing to run"):
         sweep.main([*flags, "--acc_degrade"])
