@@ -263,7 +263,8 @@ def initial_bounds(net, x_batches, n_sigma):
     """Return {site: mean + n_sigma * std} over all images of the unclipped activations, std with n - 1 below.
 
     x_batches: tuple of (n, 3, H, W). However the images are cut into batches, the bounds are to the bit what torch.mean
-    and torch.std give on a CPU for all of them at once, as the published code starts; no activation is kept.
+    and torch.std give on a CPU for all their activations at once, as the published code starts, unless several
+    processes share them; no activation is kept.
     """
     moments = {name: _Moments() for name in models.activation_sites(net)}
     with models.watching(net, lambda name, a: moments[name].add(a)):

@@ -121,15 +121,22 @@ def test_same_input_same_bits_and_the_model_is_left_alone(tiny, defence, golden)
 
 
 def test_bounds_start_at_mean_plus_four_sigma(tiny, defence):
-    """In float32 to the bit, where the same activations are given: a rounding of the start is seen late in a search."""
-    seen = {name: [] for name in models.activation_sites(tiny)}
-    with models.watching(tiny, lambda name, a: seen[name].append(a)):
-        got = unit.initial_bounds(tiny, defence[0].split(150), 4.0)
-    assert len(seen) == 17
-    for name, outputs in seen.items():
-        a = torch.cat(outputs)
+    """Of the activations it meets, in float32 to the bit: a rounding of the start is seen late in a search."""
+    x = defence[0]
+    seen = {}
+    for name, site in models.activation_sites(tiny).items():
+        site.register_forward_hook(lambda _m, _i, out, name=name: seen.setdefault(name, []).append(out))
+    with torch.no_grad():
+        tiny(x)
+    want = {name: a.double().mean(0) + 4 * a.double().std(0) for name, (a,) in seen.items()}
+    seen.clear()
+    got = unit.initial_bounds(tiny, x.split(150), 4.0)
+    assert list(want) == list(got) == list(models.activation_sites(tiny))
+    for name in want:
+        torch.testing.assert_close(got[name].double(), want[name], rtol=1e-4, atol=1e-5)
+        a = torch.cat(seen[name])
+        assert len(a) == len(x)
         assert torch.equal(got[name], a.mean(0) + 4 * a.std(0)), name
-        torch.testing.assert_close(got[name].double(), a.double().mean(0) + 4 * a.double().std(0), rtol=1e-4, atol=1e-5)
 
 
 def test_chosen_bounds_are_good_measured_and_never_negative(golden_run, tiny, defence, golden):
