@@ -1,4 +1,4 @@
-"""Why bounds work: where in the network a trigger's activations leave the clean ones, and how far."""
+"""Why bounds work, or do not: where in the network a trigger's activations leave the clean ones, and how far."""
 
 import copy
 from typing import NamedTuple
@@ -64,6 +64,16 @@ def trigger_effect(model, images, backdoor, n_neurons=6, batch_size=128):
         (a, *b), (c, *d) = clean_over[name], triggered_over[name]
         sites.append(SiteEffect(name, distance, a, c, *(b or [None]), *(d or [None])))
     return moved, sites
+
+
+@torch.no_grad()
+def uniform_bounds(model, images, n_sigma, batch_size=128):
+    """Return {site: bounds (C, H, W)} at mean + n_sigma * std of the unclipped activations on `images`, for each of
+    `n_sigma` in a list: what tightening all neurons alike comes to.
+    """
+    net = models.set_bounds(copy.deepcopy(model).eval(), None)
+    moments = _moments(net, images.to(next(net.parameters()).device), None, batch_size)
+    return [{name: mean + k * std for name, (mean, std) in moments.items()} for k in n_sigma]
 
 
 def _moments(net, images, trigger, batch_size):

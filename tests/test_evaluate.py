@@ -6,7 +6,7 @@ from torch import nn
 
 import models
 import utils
-from activations import trigger_effect
+from activations import trigger_effect, uniform_bounds
 from evaluate import evaluate, main
 from tests.test_models import random_bounds
 
@@ -112,7 +112,8 @@ def test_how_it_reads(coded):
 
 
 @pytest.mark.parametrize("attack", ["none", "badnet", "wanet", "reflection"])
-def test_the_command(victim_file, tmp_path, capsys, attack):
+def test_the_command(victim_file, tmp_path, capsys, monkeypatch, attack):
+    monkeypatch.setattr("evaluate.SEEN", 200)
     flags = ["--dataset", "cifar10_sample", "--attack", attack, "--ckpt", str(victim_file), "--outdir", str(tmp_path)]
     main([*flags, "--activations"])
     out = capsys.readouterr().out
@@ -123,6 +124,7 @@ def test_the_command(victim_file, tmp_path, capsys, attack):
     assert picture.exists() == (attack != "none")
     assert (tmp_path / f"activations_{attack}.png").exists() == (attack != "none")
     assert out.count("layer4") == (0 if attack == "none" else 4)  # the table of sites
+    assert out.count("clean mean + ") == (0 if attack == "none" else 6)
 
 
 def test_the_neurons_that_a_trigger_moves_most(tiny, defence):
@@ -172,6 +174,19 @@ def test_the_shares_beyond_a_level_are_counted_over_all_neurons_and_images(tiny,
             assert share == pytest.approx((a > level).double().mean().item(), abs=1e-4)
         live = std.clamp_min(0.1 * std.mean())
         assert effect.distance == pytest.approx(((triggered.mean(0) - mean) / live).max().item(), rel=1e-3)
+
+
+def test_bounds_alike_for_all_neurons(tiny, defence):
+    images = (defence[2] * 255).round().to(torch.uint8)
+    wide, tight = uniform_bounds(models.set_bounds(tiny, random_bounds(tiny, 1)), images, (4, 1.5), batch_size=30)
+    seen = {}
+    with models.watching(models.set_bounds(tiny, None), lambda site, a: seen.update({site: a})), torch.no_grad():
+        tiny(utils.to_float(images))
+    assert list(wide) == list(tight) == list(seen)
+    for name, a in seen.items():
+        mean, std = a.double().mean(0), a.double().std(0, correction=0)
+        for bounds, k in ((wide, 4), (tight, 1.5)):
+            torch.testing.assert_close(bounds[name].double(), mean + k * std, rtol=1e-3, atol=1e-3)
 
 
 def test_float_images_in_0_1_measure_as_their_bytes_do(coded):
