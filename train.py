@@ -158,12 +158,14 @@ def load_init(path, config, poison, model):
     return {k: checkpoint.get(k) for k in kept}
 
 
-def speed_up(model, compiling, width, n_images, batch_size):
+def speed_up(model, compiling, width, n_images, batch_size, dtype):
     """Return what trains in the model's place: shared among the processes of torchrun, and compiled if that pays.
 
-    compiling: the flag; n_images: to be trained on; batch_size: over all processes. A batch of another size, the last
-    of an epoch, goes through uncompiled.
+    compiling: the flag; n_images: to be trained on; batch_size: over all processes; dtype: computed in. A batch of
+    another size, the last of an epoch, goes through uncompiled.
     """
+    if dtype == torch.bfloat16 and utils.has_amx(next(model.parameters()).device):
+        models.small_maps_by_products(model)
     n_ranks = utils.ranks()[1]
     shared = DistributedDataParallel(model) if n_ranks > 1 else model
     pays = utils.compiling_pays(next(model.parameters()).device, n_images, width)
@@ -250,7 +252,7 @@ def main(argv=None):
     )
 
     # by the whole run's length, so that a resumed one rounds alike
-    fast = speed_up(model, args.compile, args.width, n_images * args.epochs, args.batch_size)
+    fast = speed_up(model, args.compile, args.width, n_images * args.epochs, args.batch_size, dtype)
     for epoch in range(first, args.epochs):
         start = time.perf_counter()
         model.train()

@@ -54,6 +54,11 @@ def has_fast_bf16(device):
     return False
 
 
+def has_amx(device):
+    """Return whether this device is a processor with AMX's bf16 tiles."""
+    return device.type == "cpu" and getattr(torch.cpu, "_is_amx_tile_supported", bool)()
+
+
 def get_dtype(precision, device):
     """Return the dtype to compute in: torch.bfloat16 or torch.float32; `auto` takes bf16 where it is fast."""
     if precision == "auto":

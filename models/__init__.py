@@ -5,6 +5,7 @@ from functools import partial
 from .custom_modules import ClippedReLU, activation_sites, set_bounds, site_shapes, watching
 from .pickled import MAX_CLASSES, MAX_WIDTH, describe_state_dict, read_pickle
 from .resnet import BasicBlock, Bottleneck, ResNet
+from .small_maps import small_maps_by_products
 
 __all__ = [
     "MAX_CLASSES",
@@ -17,6 +18,7 @@ __all__ = [
     "read_pickle",
     "set_bounds",
     "site_shapes",
+    "small_maps_by_products",
     "watching",
 ]
 

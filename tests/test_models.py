@@ -172,3 +172,40 @@ def test_folding_batch_norm_changes_nothing_but_rounding(tiny, defence):
 def test_folding_wants_eval_mode(tiny):
     with pytest.raises(ValueError, match="eval"):
         fold_batch_norm(tiny.train())
+
+
+@pytest.mark.parametrize(("size", "stride", "k"), [(8, 2, 3), (8, 2, 1), (4, 1, 3), (6, 2, 3), (3, 1, 1)])
+def test_small_maps_by_products_are_the_convolution(size, stride, k):
+    conv = nn.Conv2d(256, 320, k, stride, k // 2, bias=False)
+    by_products = models.small_maps_by_products(nn.Sequential(conv))
+    assert by_products[0].weight is conv.weight
+    # both may round to bf16 alone, so let what goes in lose nothing by it
+    weight, x = conv.weight.detach().bfloat16().float(), torch.randn(5, 256, size, size).bfloat16().float()
+    conv.weight.data.copy_(weight)
+    weight, exact_x, x = weight.double().requires_grad_(), x.double().requires_grad_(), x.requires_grad_()
+    exact = nn.functional.conv2d(exact_x, weight, None, stride, k // 2)
+    out = by_products(x)
+    assert out.dtype == torch.bfloat16
+    grad = torch.randn_like(out)
+    exact.backward(grad.double())
+    out.backward(grad)
+    for got, want in ((out, exact), (x.grad, exact_x.grad), (conv.weight.grad, weight.grad)):
+        assert (got - want).abs().max() <= 2**-8 * want.abs().max()
+    by_products.eval()
+    assert torch.equal(by_products(x), conv(x))
+
+
+def test_only_wide_convolutions_over_small_maps_become_products():
+    torch.manual_seed(1)
+    model = models.get_model("resnet18")
+    drawn = torch.get_rng_state()
+    parameters = dict(model.named_parameters())
+    models.small_maps_by_products(model)
+    assert torch.equal(torch.get_rng_state(), drawn)
+    assert all(p is parameters[name] for name, p in model.named_parameters())
+    changed = [name for name, m in model.named_modules() if isinstance(m, nn.Conv2d) and type(m) is not nn.Conv2d]
+    assert all(name.startswith(("layer3.", "layer4.")) for name in changed)
+    assert {f"layer4.{block}.conv{i}" for block in (0, 1) for i in (1, 2)} <= set(changed)
+    x = torch.randn(2, 256, 16, 16)  # an 8x8 map comes out
+    conv = model.layer4[0].conv1
+    assert torch.equal(conv.train()(x), nn.functional.conv2d(x, conv.weight, None, 2, 1))

@@ -18,7 +18,7 @@ def main():
     model = models.get_model("resnet18").to(device, memory_format=torch.channels_last).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, nesterov=True, weight_decay=5e-4)
     images_a_run = 50_000 * 20  # as a whole run would decide
-    fast = train.speed_up(model, "auto", 1.0, images_a_run, args.batch_size)
+    fast = train.speed_up(model, "auto", 1.0, images_a_run, args.batch_size, args.dtype)
     images = torch.randint(0, 256, (args.images, 3, 32, 32), dtype=torch.uint8, device=device)
     labels = torch.arange(args.images, device=device) % 10
     poison = poison_training_set(labels, "wanet", 0)  # the dearest of the attacks
