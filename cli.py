@@ -4,6 +4,8 @@ Exit status of a command: 0 done, 1 a fault of ours, 2 bad input (one line on st
 """
 
 import argparse
+import contextlib
+import ctypes
 import math
 import os
 import sys
@@ -75,8 +77,22 @@ def parser(prog, description, attacks=ATTACKS):
     return p
 
 
+def keep_freed_memory():
+    """Let glibc keep the memory of freed tensors for the next ones; another C library is left as it is.
+
+    By default it gives each large one back to the system and fetches it anew, page by page: a tenth of the time of
+    training and of UNIT on two cores, a fifth of evaluate.py's.
+    """
+    trim_threshold, mmap_max = -1, -4  # mallopt's names of the two
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # no mallopt here
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(mmap_max, 0)
+        mallopt(trim_threshold, -1)
+
+
 def run(main):
     """Call `main()` as a command: turn its outcome into an exit status and leave the process with it."""
+    keep_freed_memory()
     try:
         main()
     except InputError as error:

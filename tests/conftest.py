@@ -7,9 +7,12 @@ import numpy as np
 import pytest
 import torch
 
+import cli
 import models
 import utils
 from backdoors import get_backdoor
+
+cli.keep_freed_memory()  # as the commands do
 
 GOLDEN = Path(__file__).parent / "golden" / "unit_tiny.npz"
 

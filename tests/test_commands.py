@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import platform
 import re
 import shutil
 import signal
@@ -84,6 +85,27 @@ def test_help_names_every_flag_of_the_paper(script):
     assert process.returncode == 0
     for flag in ("datadir", "dataset", "network", "attack", "seed", "batch_size", "target", "device"):
         assert f"--{flag}" in out
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have no such setting")
+def test_freed_memory_is_kept_for_the_next_tensor():
+    code = """import cli, resource
+{}
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+big = bytes(2**26)
+bytearray(big)
+before = faults()
+for _ in range(4):
+    bytearray(big)
+print(faults() - before)"""
+    env = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")}
+    given_back, kept = (
+        int(subprocess.check_output((sys.executable, "-c", code.format(first)), cwd=ROOT, env=env))
+        for first in ("", "cli.keep_freed_memory()")
+    )
+    assert given_back >= 4 * 2**26 / 2**21  # pages of 2 MiB at the largest
+    assert kept < given_back / 10
 
 
 def test_a_missing_checkpoint_is_one_line_and_status_2():

@@ -11,6 +11,7 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
+import cli  # noqa: E402
 import utils  # noqa: E402
 
 
@@ -22,6 +23,7 @@ def arguments(**defaults):
     for name, value in defaults.items():
         p.add_argument(f"--{name}", type=int, default=value)
     args = p.parse_args()
+    cli.keep_freed_memory()  # as the commands do
     args.device = utils.get_device(args.device)
     args.dtype = utils.get_dtype(args.precision, args.device)
     m = utils.machine(args.device)
