@@ -4,7 +4,7 @@
 
 A run that was cut off goes on after its last whole epoch when the same command is given again. A finished victim is
 trained on, on the same poisoned images and through a second rise and fall of the learning rate, by --init.
-ResNet-18 at full width: four to eight minutes an epoch on two cores with AVX-512 bf16.
+ResNet-18 at full width: three to eight minutes an epoch on two cores with AVX-512 bf16.
 """
 
 import argparse
