@@ -195,6 +195,22 @@ def test_small_maps_by_products_are_the_convolution(size, stride, k):
     assert torch.equal(by_products(x), conv(x))
 
 
+@pytest.mark.parametrize(
+    "what",
+    [
+        {"bias": True},
+        {"groups": 2},
+        {"dilation": 2},
+        {"padding_mode": "reflect"},
+        {"stride": (1, 2)},
+        {"padding": "same"},
+    ],
+)
+def test_other_convolutions_do_not_become_products(what):
+    conv = nn.Conv2d(256, 256, 3, **({"bias": False, "padding": 1} | what))
+    assert models.small_maps_by_products(nn.Sequential(conv))[0] is conv
+
+
 def test_only_wide_convolutions_over_small_maps_become_products():
     torch.manual_seed(1)
     model = models.get_model("resnet18")
