@@ -25,11 +25,14 @@ SMALL = ["--dataset", "cifar10_sample", "--device", "cpu", "--precision", "fp32"
 TRAIN = [*SMALL, "--width", "0.0625", "--epochs", "3", "--batch_size", "50"]
 
 
-def command(script, *args, **kwargs):
-    """Start a script in another folder than its own."""
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+
+
+def command(script, *args, launcher=(), **kwargs):
+    """Start a script in another folder than its own; by TORCHRUN, in two processes."""
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        [sys.executable, str(ROOT / script), *args],
+        [sys.executable, *launcher, str(ROOT / script), *args],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=kwargs.pop("cwd", "/"), env=env, **kwargs,
     )  # fmt: skip
 
@@ -164,23 +167,16 @@ def one_thread():
 
 def test_two_processes_find_the_same(victim_file, tmp_path, one_thread):
     """torchrun shares the images among its processes; alphas agree exactly, bounds to rounding."""
-    results = []
-    for n in (1, 2):
-        folder = tmp_path / str(n)
-        flags = [*SMALL, "--ckpt", str(victim_file), "--n_steps", "4", "--lr", "0.01", "--out", str(folder / "d.pt")]
-        flags += ["--results", str(folder), "--outdir", str(folder)]
-        if n == 1:
-            unit.main(flags)
-        else:
-            launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}"]
-            env = os.environ | {"OMP_NUM_THREADS": "1"}
-            command = [*launcher, str(ROOT / "unit.py"), *flags]
-            process = subprocess.run(command, capture_output=True, text=True, env=env, cwd=tmp_path)
-            assert process.returncode == 0, process.stderr
-            assert process.stdout.count("after ") == 1  # one process speaks
-        (record,) = folder.glob("*.json")
-        results.append((json.loads(record.read_text()), utils.load_checkpoint(folder / "d.pt")["bounds"]))
-    (one, bounds_one), (two, bounds_two) = results
+    short = [*SMALL, "--ckpt", str(victim_file), "--n_steps", "4", "--lr", "0.01"]
+    folders = [tmp_path / "1", tmp_path / "2"]
+    alone, shared = ([*short, "--out", str(f / "d.pt"), "--results", str(f), "--outdir", str(f)] for f in folders)
+    process = command("unit.py", *shared, launcher=TORCHRUN, cwd=tmp_path)
+    unit.main(alone)  # meanwhile
+    out, err = process.communicate()
+    assert process.returncode == 0, err
+    assert out.count("after ") == 1  # one process speaks
+    one, two = (json.loads(path.read_text()) for folder in folders for path in folder.glob("*.json"))
+    bounds_one, bounds_two = (utils.load_checkpoint(folder / "d.pt")["bounds"] for folder in folders)
     assert (one["machine"]["processes"], two["machine"]["processes"]) == (1, 2)
     assert one["history"]["alpha"] == two["history"]["alpha"]
     assert one["best_step"] == two["best_step"]
@@ -231,12 +227,10 @@ def test_train_resumes_after_a_kill_to_the_same_bits(tmp_path, one_thread, capsy
 
 def test_two_processes_train_one_victim(tmp_path):
     out = tmp_path / "v.pt"
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [*launcher, str(ROOT / "train.py"), *TRAIN, "--attack", "badnet", "--ckpt", str(out)]
-    process = subprocess.run(command, capture_output=True, text=True, env=env, cwd=tmp_path)
-    assert process.returncode == 0, process.stderr
-    assert process.stdout.count("epoch   3") == 1
+    process = command("train.py", *TRAIN, "--attack", "badnet", "--ckpt", str(out), launcher=TORCHRUN, cwd=tmp_path)
+    said, err = process.communicate()
+    assert process.returncode == 0, err
+    assert said.count("epoch   3") == 1
     history = utils.load_checkpoint(out)["history"]
     assert len(history) == 3
     assert history[2]["loss"] < history[0]["loss"]

@@ -17,6 +17,8 @@ from backdoors import poison_training_set
 from cli import InputError
 from defenses import dbd, mixmatch, simclr
 
+pytestmark = pytest.mark.usefixtures("few_test_images")
+
 
 def generator(seed=0):
     return torch.Generator().manual_seed(seed)
@@ -305,7 +307,7 @@ def run(folder, *flags):
 
 
 @pytest.fixture(scope="module")
-def whole(short, tmp_path_factory):
+def whole(short, few_test_images, tmp_path_factory):
     """The folder of one finished run."""
     folder = tmp_path_factory.mktemp("whole")
     run(folder)

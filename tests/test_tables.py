@@ -19,6 +19,8 @@ from records import find, load_records
 
 SAMPLE = ["--dataset", "cifar10_sample", "--device", "cpu"]
 
+pytestmark = pytest.mark.usefixtures("few_test_images")
+
 
 @pytest.fixture
 def house(tmp_path, victim_file, monkeypatch):

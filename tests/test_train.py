@@ -8,6 +8,8 @@ import train
 from backdoors import get_backdoor, poison_training_set
 from train import epoch_batches, learning_rate, poisoned_batch
 
+pytestmark = pytest.mark.usefixtures("few_test_images")
+
 
 class White(nn.Module):
     """A trigger that is easy to see: the whole image white. Noise mode: the whole image grey."""
@@ -103,7 +105,7 @@ def test_the_rate_rises_to_its_peak_and_falls_to_nothing():
     assert 0 < rates[-1] < 0.001
 
 
-def test_it_learns(tmp_path, capsys):
+def test_it_learns(tmp_path):
     """A few epochs on the sample beat chance by far, on training labels and on test images."""
     out = tmp_path / "v.pt"
     flags = ["--dataset", "cifar10_sample", "--width", "0.125", "--epochs", "8", "--batch_size", "25"]

@@ -21,9 +21,9 @@ def tiny_config(golden, **kwargs):
     return UnitConfig(**{**settings, "n_steps": int(golden["n_steps"]), **kwargs})
 
 
-@pytest.fixture(scope="module", params=[400, 64])
+@pytest.fixture(scope="module", params=[400, 150])
 def golden_run(request, untouched, defence, golden):
-    """Our run of the recorded 140 steps: in full batches, and in micro-batches (64 does not divide 400).
+    """Our run of the recorded 140 steps: in full batches, and in micro-batches (150 does not divide 400).
 
     Beside the result, what Adam was given at the first step, the best one and the last: {step: [(bound, gradient)]}.
     """
