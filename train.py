@@ -164,8 +164,7 @@ def speed_up(model, compiling, width, n_images, batch_size, dtype):
     compiling: the flag; n_images: to be trained on; batch_size: over all processes; dtype: computed in. A batch of
     another size, the last of an epoch, goes through uncompiled.
     """
-    if dtype == torch.bfloat16 and utils.has_amx(next(model.parameters()).device):
-        models.small_maps_by_products(model)
+    utils.speed_up_small_maps(model, dtype)
     n_ranks = utils.ranks()[1]
     shared = DistributedDataParallel(model) if n_ranks > 1 else model
     pays = utils.compiling_pays(next(model.parameters()).device, n_images, width)

@@ -31,6 +31,7 @@ def parser():
         "--micro_batch", type=bounded(int, 1), help="images in memory at a time (default: 100 on a CPU, else 1000)"
     )
     p.add_argument("--precision", default="auto", choices=("auto", "bf16", "fp32"), help="auto: bf16 where it is fast")
+    p.add_argument("--compile", default="auto", choices=("auto", "on", "off"), help="the clips")
     p.add_argument("--ckpt", help="victim to defend (default: the one of --network and --attack)")
     p.add_argument("--out", help="where to save (default: ckpt/{dataset}_{network}_{attack}_unit[_budget].pt)")
     p.add_argument("--outdir", default=".", help="folder of the picture")
@@ -81,6 +82,7 @@ class UnitConfig:
     eps: float = 1e-8  # of Adam; it matters, the gradient of alpha * R is itself about 1e-8
     micro_batch: int | None = None  # images in memory at a time, None: by device; changes nothing but rounding
     precision: str = "fp32"  # of the network's arithmetic, or bf16; the bounds are fp32 always
+    compile: str = "auto"  # the clips, by torch.compile: "on", "off", or "auto", in long bf16 runs on a CPU
 
     @property
     def max_steps(self):
@@ -202,7 +204,8 @@ def tighten(model, x_train, y_train, x_valid, y_valid, config=UnitConfig(), on_s
     valid = _batches(x_valid, y_valid, size, device)
 
     initial_acc = accuracy(net, *valid)
-    models.set_bounds(net, initial_bounds(net, train[0], config.n_sigma))
+    fused = fuse_clips(config, device, n_train * config.max_steps)
+    models.set_bounds(net, initial_bounds(net, train[0], config.n_sigma), fused)
     sites = models.activation_sites(net)
     bounds = [site.bound for site in sites.values()]
     schedule = (AlphaSchedule if config.until == "steps" else BudgetSchedule)(config)
@@ -335,11 +338,22 @@ def frozen_copy(model, dtype=torch.float32):
     # a network that does not run each batch norm right after the convolution registered before it stays as it is
     if torch.allclose(folded(probe), net(probe), rtol=1e-3, atol=1e-3):
         net = folded
+    if utils.has_amx(device):
+        models.small_maps_by_products(net, dtype, in_eval=True)
     for layer in net.modules():
         if isinstance(layer, (nn.Conv2d, nn.Linear)):
             layer.to(dtype).register_forward_pre_hook(lambda layer, x: x[0].to(layer.weight.dtype))
     net.register_forward_pre_hook(lambda _net, x: utils.to_float(x[0]))
     return net.to(device, memory_format=torch.channels_last)
+
+
+def fuse_clips(config, device, n_images):
+    """Return whether to compile the clips of a search over n_images in all, steps counted.
+
+    That takes some seconds, and saves a quarter of the time in bf16, in fp32 a twentieth.
+    """
+    pays = config.precision == "bf16" and utils.compiling_pays(device, n_images, least=20_000)
+    return {"auto": pays, "on": True, "off": False}[config.compile]
 
 
 def usual_micro_batch(device):
@@ -433,6 +447,7 @@ def main(argv=None):
         acc_degrade=args.acc_degrade,
         micro_batch=args.micro_batch or usual_micro_batch(device),
         precision="fp32" if dtype == torch.float32 else "bf16",
+        compile=args.compile,
     )
     data = defence_data(args)
     if not first:

@@ -181,14 +181,24 @@ def training_layout(model):
     return torch.contiguous_format if narrow else torch.channels_last
 
 
-def compiling_pays(device, n_images, width):
-    """Return whether to compile a network of this width that trains on n_images in all, epochs counted.
+def speed_up_small_maps(model, dtype):
+    """Let the wide convolutions of `model` over small maps train in `dtype` by matrix products where these are faster.
 
-    It takes a minute, as long as the whole training on a GPU, and needs a C++ compiler and Python's headers.
+    In place; in eval mode nothing changes. Returns the model.
+    """
+    fast = dtype == torch.bfloat16 and has_amx(next(model.parameters()).device)
+    return models.small_maps_by_products(model, dtype) if fast else model
+
+
+def compiling_pays(device, n_images, width=1.0, least=200_000):
+    """Return whether to compile a network of this width, or a part of it, for n_images in all, epochs or steps counted.
+
+    least: how many of full width pay for it. A network takes a minute, as long as the whole training on a GPU. It needs
+    a C++ compiler and Python's headers.
     """
     headers = Path(sysconfig.get_path("include"), "Python.h").exists()
     there = headers and any(map(shutil.which, ("g++", "clang++")))
-    return device.type == "cpu" and there and n_images * width > 200_000
+    return device.type == "cpu" and there and n_images * width > least
 
 
 def to_float(images):

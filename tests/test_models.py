@@ -174,31 +174,65 @@ def test_folding_wants_eval_mode(tiny):
         fold_batch_norm(tiny.train())
 
 
-@pytest.mark.parametrize(("size", "stride", "k"), [(8, 2, 3), (8, 2, 1), (4, 1, 3), (6, 2, 3), (3, 1, 1)])
-def test_small_maps_by_products_are_the_convolution(size, stride, k):
-    conv = nn.Conv2d(256, 320, k, stride, k // 2, bias=False)
-    by_products = models.small_maps_by_products(nn.Sequential(conv))
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("size", "stride", "k"), [(8, 2, 3), (8, 2, 1), (4, 1, 3), (6, 2, 3), (3, 1, 1), (3, 1, 2)])
+def test_small_maps_by_products_are_the_convolution(size, stride, k, bias):
+    conv = nn.Conv2d(256, 320, k, stride, k // 2, bias=bias)
+    by_products = models.small_maps_by_products(nn.Sequential(conv), torch.bfloat16)
     assert by_products[0].weight is conv.weight
+    assert by_products[0].bias is conv.bias
+    if bias:
+        conv.bias.data.copy_(conv.bias.data.bfloat16())
     # both may round to bf16 alone, so let what goes in lose nothing by it
     weight, x = conv.weight.detach().bfloat16().float(), torch.randn(5, 256, size, size).bfloat16().float()
     conv.weight.data.copy_(weight)
     weight, exact_x, x = weight.double().requires_grad_(), x.double().requires_grad_(), x.requires_grad_()
-    exact = nn.functional.conv2d(exact_x, weight, None, stride, k // 2)
+    exact_bias = conv.bias.detach().double().requires_grad_() if bias else None
+    exact = nn.functional.conv2d(exact_x, weight, exact_bias, stride, k // 2)
     out = by_products(x)
     assert out.dtype == torch.bfloat16
     grad = torch.randn_like(out)
     exact.backward(grad.double())
     out.backward(grad)
-    for got, want in ((out, exact), (x.grad, exact_x.grad), (conv.weight.grad, weight.grad)):
+    pairs = [(out, exact), (x.grad, exact_x.grad), (conv.weight.grad, weight.grad)]
+    for got, want in [*pairs, (conv.bias.grad, exact_bias.grad)] if bias else pairs:
         assert (got - want).abs().max() <= 2**-8 * want.abs().max()
     by_products.eval()
     assert torch.equal(by_products(x), conv(x))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fused_clips_are_the_clips(dtype):
+    g = torch.Generator().manual_seed(0)
+    for shape in ((8, 4, 4), (16, 2, 2), (5,)):
+        bound = torch.randn(shape, generator=g)
+        plain, fused = ClippedReLU(bound), ClippedReLU(bound, fused=True)
+        for n in (7, 3):
+            x = torch.randn(n, *shape, generator=g).to(dtype)
+            x[0] = bound  # ties
+            grad = torch.randn(n, *shape, generator=g).to(dtype)
+            a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
+            out, same = plain(a), fused(b)
+            out.backward(grad)
+            same.backward(grad)
+            assert torch.equal(out, same)
+            assert torch.equal(a.grad, b.grad)
+        rounding = 1e-6 if dtype == torch.float32 else 2**-6
+        torch.testing.assert_close(plain.bound.grad, fused.bound.grad, rtol=rounding, atol=rounding)
+
+
+def test_small_maps_by_products_in_eval_mode_and_in_fp32():
+    conv = nn.Conv2d(256, 320, 3, 1, 1).eval()
+    by_products = models.small_maps_by_products(nn.Sequential(conv), torch.float32, in_eval=True)
+    x = torch.randn(5, 256, 4, 4)
+    out, exact = by_products(x), conv.double()(x.double())
+    assert out.dtype == torch.float32
+    assert (out - exact).abs().max() <= 1e-5 * exact.abs().max()
+
+
 @pytest.mark.parametrize(
     "what",
     [
-        {"bias": True},
         {"groups": 2},
         {"dilation": 2},
         {"padding_mode": "reflect"},
@@ -208,7 +242,7 @@ def test_small_maps_by_products_are_the_convolution(size, stride, k):
 )
 def test_other_convolutions_do_not_become_products(what):
     conv = nn.Conv2d(256, 256, 3, **({"bias": False, "padding": 1} | what))
-    assert models.small_maps_by_products(nn.Sequential(conv))[0] is conv
+    assert models.small_maps_by_products(nn.Sequential(conv), torch.bfloat16)[0] is conv
 
 
 def test_only_wide_convolutions_over_small_maps_become_products():
@@ -216,7 +250,7 @@ def test_only_wide_convolutions_over_small_maps_become_products():
     model = models.get_model("resnet18")
     drawn = torch.get_rng_state()
     parameters = dict(model.named_parameters())
-    models.small_maps_by_products(model)
+    models.small_maps_by_products(model, torch.bfloat16)
     assert torch.equal(torch.get_rng_state(), drawn)
     assert all(p is parameters[name] for name, p in model.named_parameters())
     changed = [name for name, m in model.named_modules() if isinstance(m, nn.Conv2d) and type(m) is not nn.Conv2d]

@@ -21,7 +21,10 @@ def tiny_config(golden, **kwargs):
     return UnitConfig(**{**settings, "n_steps": int(golden["n_steps"]), **kwargs})
 
 
-@pytest.fixture(scope="module", params=[400, 150])
+# with pytest -n, one process for all that looks at a run: else it would be made again in the other
+@pytest.fixture(
+    scope="module", params=[pytest.param(n, marks=pytest.mark.xdist_group(f"golden run, {n}")) for n in (400, 150)]
+)
 def golden_run(request, untouched, defence, golden):
     """Our run of the recorded 140 steps: in full batches, and in micro-batches (150 does not divide 400).
 
@@ -251,8 +254,10 @@ def test_uint8_images_are_taken_too(tiny, defence, golden):
     assert a.history == b.history
 
 
-def test_bf16_agrees_with_fp32_at_the_start(tiny, defence, golden):
-    a, b = (tighten(tiny, *defence, tiny_config(golden, n_steps=2, precision=p)) for p in ("fp32", "bf16"))
+@pytest.mark.parametrize("fused", ["on", "off"])
+def test_bf16_agrees_with_fp32_at_the_start(tiny, defence, golden, fused):
+    settings = {"fp32": "off", "bf16": fused}
+    a, b = (tighten(tiny, *defence, tiny_config(golden, n_steps=2, precision=p, compile=settings[p])) for p in settings)
     np.testing.assert_allclose(b.history["reg"], a.history["reg"], rtol=1e-2)
     np.testing.assert_allclose(b.history["ce"], a.history["ce"], rtol=5e-2)
 

@@ -30,7 +30,10 @@ def measure(args):
     torch.manual_seed(0)
     model = models.get_model("resnet18").to(args.device).eval()
     marks = []
-    config = unit.UnitConfig(n_steps=args.steps, precision="fp32" if args.dtype == torch.float32 else "bf16")
+    precision = "fp32" if args.dtype == torch.float32 else "bf16"
+    whole = unit.UnitConfig(precision=precision)  # a run of all steps, which decides what is compiled
+    fused = unit.fuse_clips(whole, args.device, whole.n_steps * n_train)
+    config = unit.UnitConfig(n_steps=args.steps, precision=precision, compile="on" if fused else "off")
     data = x[:n_train], y[:n_train], x[-n_valid:], y[-n_valid:]
     unit.tighten(model, *data, config, lambda _step, _now: marks.append(time.perf_counter()))
     # the first step warms up

@@ -41,7 +41,8 @@ def main():
 
     ours = unit.frozen_copy(model, args.dtype)
     bounds = unit.initial_bounds(ours, x.split(args.micro_batch), 4.0)
-    models.set_bounds(ours, bounds)
+    whole = unit.UnitConfig(precision="fp32" if args.dtype == torch.float32 else "bf16")
+    models.set_bounds(ours, bounds, unit.fuse_clips(whole, args.device, whole.n_steps * 2000))
     plain = model
     for name, bound in bounds.items():
         plain.set_submodule(name, PlainClip(bound))
