@@ -64,7 +64,7 @@ def partly_fresh(model, p, seed):
             for k, fresh in layer.named_parameters():
                 replaced = torch.rand(fresh.shape, generator=generator) < share
                 fresh.copy_(torch.where(replaced, fresh, old[k]))
-    return copy_of(student.to(device))
+    return student.to(device)
 
 
 def distillation_loss(student, teacher, temperature):
@@ -81,8 +81,8 @@ def repair(model, images, labels=None, config=Config(), seed=0, on_epoch=None, d
     dtype: what autocast computes in. Returns a Repaired.
     """
     del labels
-    student = partly_fresh(model, config.p, seed).train()
-    teacher = copy_of(model).requires_grad_(False).eval()
+    student = copy_of(partly_fresh(model, config.p, seed), dtype).train()
+    teacher = copy_of(model, dtype).requires_grad_(False).eval()
     optimizer = torch.optim.SGD(
         student.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay
     )

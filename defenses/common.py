@@ -21,9 +21,10 @@ class Repaired:
     findings: dict = field(default_factory=dict)
 
 
-def copy_of(model):
-    """Return a copy of `model` with trainable weights, laid out for training; the model itself is left as it is."""
-    return copy.deepcopy(model).requires_grad_(True).to(memory_format=utils.training_layout(model))
+def copy_of(model, dtype):
+    """Return a copy of `model` with trainable weights, laid out for training in `dtype`; the model is left as it is."""
+    net = copy.deepcopy(model).requires_grad_(True).to(memory_format=utils.training_layout(model))
+    return utils.speed_up_small_maps(net, dtype)
 
 
 def forward(net, x, dtype):

@@ -28,7 +28,7 @@ def repair(model, images, labels, config=Config(), seed=0, on_epoch=None, dtype=
     images: uint8 (N, 3, H, W); labels: int64 (N,), both on the model's device; on_epoch: called after each epoch with
     (epoch, {"loss", "accuracy"}); dtype: what autocast computes in. Returns a Repaired.
     """
-    net = copy_of(model).train()
+    net = copy_of(model, dtype).train()
     optimizer = torch.optim.SGD(
         net.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay
     )

@@ -51,7 +51,7 @@ def linear_layer(model):
 
 def unlearn(model, images, labels, config, generator, on_epoch=None, dtype=torch.float32):
     """Climb the cross-entropy on the clean images; return (the network that results, history)."""
-    net = copy_of(model).train()
+    net = copy_of(model, dtype).train()
     optimizer = torch.optim.SGD(
         net.parameters(), lr=config.unlearn_lr, momentum=config.momentum, weight_decay=config.unlearn_weight_decay
     )
@@ -104,7 +104,7 @@ def relearn(model, rows, images, labels, config, generator, on_epoch=None, dtype
 
     Loss: cross-entropy + 0.7 * sum over suspicious rows of cos(row, original row). Returns (network, history).
     """
-    net = copy_of(model).train()
+    net = copy_of(model, dtype).train()
     linear = linear_layer(net)
     original = linear.weight.detach()[rows].clone()
     redraw_rows(linear, rows, generator, config.redraw_gain)
