@@ -3,7 +3,8 @@
     python train.py --attack badnet     # writes ckpt/cifar10_resnet18_badnet.pt
 
 A run that was cut off goes on after its last whole epoch when the same command is given again. A finished victim is
-trained on, on the same poisoned images and through a second rise and fall of the learning rate, by --init.
+trained on, on the same poisoned images and through a second rise and fall of the learning rate, by --init; or, with
+--average, at a rate that rises and stays, over whose last epochs the weights are averaged.
 ResNet-18 at full width: three to eight minutes an epoch on two cores with AVX-512 bf16.
 """
 
@@ -23,6 +24,7 @@ def parser():
     p.add_argument("--poison_rate", type=bounded(float, 0, 0.99), help="share poisoned (default: the attack's usual)")
     p.add_argument("--precision", default="auto", choices=("auto", "bf16", "fp32"), help="auto: bf16 where it is fast")
     p.add_argument("--small_epochs", default=0, type=bounded(int, 0), help="first epochs, on images scaled to 24x24")
+    p.add_argument("--average", default=0, type=bounded(int, 0), help="last epochs, whose weights are averaged")
     p.add_argument("--init", help="victim of the same settings to train on from, for --epochs more at a new --lr")
     p.add_argument("--compile", default="auto", choices=("auto", "on", "off"), help="torch.compile; auto: long runs")
     p.add_argument("--resume", default=True, action=argparse.BooleanOptionalAction, help="go on after a cut-off run")
@@ -40,6 +42,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import swa_utils
 from tqdm import tqdm
 
 import models
@@ -50,15 +53,15 @@ from evaluate import evaluate, victim_backdoor
 QUICK = 1000  # test images measured after each epoch; all of them after the last
 # two runs are the same run when these agree
 SETTINGS = ("dataset", "network", "attack", "seed", "batch_size", "target", "width", "epochs", "lr", "weight_decay")
-SETTINGS += ("poison_rate", "precision", "init", "small_epochs")
+SETTINGS += ("poison_rate", "precision", "init", "small_epochs", "average")
 SMALL = 24  # pixels; half the arithmetic of 32
 LIKE = ("dataset", "network", "width", "attack", "target", "seed")  # settings that --init's victim has to share
 
 
-def learning_rate(step, n_steps, peak, warmup=0.15):
-    """Return the rate at `step` of `n_steps`: linear from 0 to `peak` over the first 15 %, then linear to 0."""
+def learning_rate(step, n_steps, peak, warmup=0.15, hold=False):
+    """Return the rate at `step` of `n_steps`: linear from 0 to `peak` over the first 15 %, then to 0 or held."""
     rise = warmup * n_steps
-    return peak * min((step + 1) / rise, (n_steps - step) / (n_steps - rise))
+    return peak * min((step + 1) / rise, 1.0 if hold else (n_steps - step) / (n_steps - rise))
 
 
 def poisoned_batch(images, labels, index, roles, poison, backdoor, generator):
@@ -93,34 +96,57 @@ def _generator(seed, epoch, stream, rank=0):
     return torch.Generator().manual_seed((seed * 100_003 + epoch) * 7 + stream + (rank << 56))
 
 
-def train_epoch(model, optimizer, data, poison, backdoor, config, epoch, dtype, layout, progress):
-    """Train one epoch in place; return (mean loss, share of training labels met)."""
-    images, labels = data
+def training_batches(data, poison, backdoor, config, epoch):
+    """Yield the batches of one epoch, of each this process's share: images float in [0, 1], labels, whole batch's size.
+
+    data: the whole training set, uint8 (N, 3, H, W) and int64 (N,).
+    """
     drawn = epoch + config["epochs_before"]  # another order and other crops than in the epochs before --init
-    order, roles = epoch_batches(len(images), config["batch_size"], poison, config["seed"], drawn)
+    order, roles = epoch_batches(len(data[0]), config["batch_size"], poison, config["seed"], drawn)
     rank, n_ranks = utils.ranks()
     generator = _generator(config["seed"], drawn, 1, rank)
-    batches = list(zip(order.split(config["batch_size"]), roles.split(config["batch_size"]), strict=True))
+    share = slice(rank, None, n_ranks)
+    for index, role in zip(order.split(config["batch_size"]), roles.split(config["batch_size"]), strict=True):
+        x, y = poisoned_batch(*data, index[share], role[share], poison, backdoor, generator)
+        yield x, y, len(index)
+
+
+def train_epoch(model, optimizer, data, poison, backdoor, config, epoch, dtype, layout, after_step):
+    """Train one epoch in place, calling after_step(images seen) at each step.
+
+    Returns (mean loss, share of training labels met).
+    """
+    images, n_ranks = data[0], utils.ranks()[1]
     total = torch.zeros(2, device=images.device)
-    n_steps = len(batches) * config["epochs"]
-    for i, (index, role) in enumerate(batches):
-        share = slice(rank, None, n_ranks)
-        x, y = poisoned_batch(images, labels, index[share], role[share], poison, backdoor, generator)
+    per_epoch = -(-len(images) // config["batch_size"])
+    for i, (x, y, size) in enumerate(training_batches(data, poison, backdoor, config, epoch)):
         if epoch < config["small_epochs"]:
             x = F.interpolate(x, size=(SMALL, SMALL), mode="bilinear", antialias=True)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(epoch * len(batches) + i, n_steps, config["lr"])
+            step, n_steps = epoch * per_epoch + i, config["epochs"] * per_epoch
+            group["lr"] = learning_rate(step, n_steps, config["lr"], hold=config["average"] > 0)
         with utils.autocast(images.device, dtype):
             logits = model(x.contiguous(memory_format=layout))
         # gradients are averaged over the processes: this is the mean over the whole batch
-        loss = F.cross_entropy(logits.float(), y, reduction="sum") / len(index) * n_ranks
+        loss = F.cross_entropy(logits.float(), y, reduction="sum") / size * n_ranks
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
-        total += torch.stack((loss.detach() * len(index) / n_ranks, (logits.detach().argmax(1) == y).sum()))
-        progress.update(len(index))
+        total += torch.stack((loss.detach() * size / n_ranks, (logits.detach().argmax(1) == y).sum()))
+        after_step(size)
     utils.sum_over_ranks([total])
     return (total / len(images)).tolist()
+
+
+def take_average(model, average, data, poison, backdoor, config, dtype, layout):
+    """Give `model` the averaged weights, and batch norm the mean and variance that they have on the training images.
+
+    average: swa_utils.AveragedModel of the model (Izmailov et al., UAI 2018). The pass is over one more epoch's images.
+    """
+    model.load_state_dict(average.module.state_dict())
+    batches = training_batches(data, poison, backdoor, config, config["epochs"])
+    with utils.autocast(data[0].device, dtype):
+        swa_utils.update_bn((x.contiguous(memory_format=layout) for x, _y, _size in batches), model.train())
 
 
 def load_partial(path, config):
@@ -154,7 +180,7 @@ def load_init(path, config, poison, model):
     if checkpoint["bounds"] is not None:
         raise InputError(f"{path} is a defended model; --init takes the victim")
     model.load_state_dict(victim.state_dict())
-    kept = ("epochs", "lr", "seconds", "history", "BA", "ASR", "init", "init_from", "epochs_before")
+    kept = ("epochs", "lr", "average", "seconds", "history", "BA", "ASR", "init", "init_from", "epochs_before")
     return {k: checkpoint.get(k) for k in kept}
 
 
@@ -213,7 +239,9 @@ def main(argv=None):
     partial_path = out.with_name(f"{out.name.removesuffix('.pt')}.partial.pt")
     if out.exists() and not args.overwrite:
         raise InputError(f"{out} exists; --overwrite trains it again, --ckpt writes elsewhere")
-    if utils.ranks()[0] == 0:
+    if args.average >= args.epochs:
+        raise InputError(f"--average {args.average} leaves no epoch before it; take less than --epochs {args.epochs}")
+    if first_rank:
         utils.check_place(out)
 
     data = tuple(t.to(device) for t in utils.load_dataset(args.dataset, args.datadir, train=True))
@@ -234,11 +262,14 @@ def main(argv=None):
     optimizer = torch.optim.SGD(
         model.parameters(), lr=args.lr, momentum=0.9, nesterov=True, weight_decay=args.weight_decay
     )
+    average = swa_utils.AveragedModel(model, multi_avg_fn=swa_utils.get_swa_multi_avg_fn()) if args.average else None
     first, seconds, history = 0, 0.0, []
     partial = load_partial(partial_path, config) if args.resume else None
     if partial:
         model.load_state_dict(partial["state_dict"])
         optimizer.load_state_dict(partial["optimizer"])
+        if average:
+            average.load_state_dict(partial["average"])
         first, seconds, history = partial["epoch"], partial["seconds"], partial["history"]
     n_images = len(data[0])
     poisoned = round(poison.rate * n_images)
@@ -258,8 +289,14 @@ def main(argv=None):
         with tqdm(
             total=n_images, unit="img", desc=f"epoch {epoch + 1}/{args.epochs}", leave=False, disable=not first_rank
         ) as progress:
+
+            def after_step(size, epoch=epoch, progress=progress):
+                if epoch >= args.epochs - args.average:
+                    average.update_parameters(model)
+                progress.update(size)
+
             loss, accuracy = train_epoch(
-                fast, optimizer, data, poison, backdoor, config, epoch, dtype, layout, progress
+                fast, optimizer, data, poison, backdoor, config, epoch, dtype, layout, after_step
             )
         seconds += time.perf_counter() - start
         if not first_rank:
@@ -276,10 +313,15 @@ def main(argv=None):
                 "history": history,
                 "state_dict": model.state_dict(),
                 "optimizer": optimizer.state_dict(),
+                "average": average.state_dict() if average else None,
             },
             partial_path,
         )
 
+    if average:
+        start = time.perf_counter()
+        take_average(model, average, data, poison, backdoor, config, dtype, layout)
+        seconds += time.perf_counter() - start
     if first_rank:
         measured = save_victim(model, config, poison, backdoor, test, dtype, history, seconds, out)
         partial_path.unlink(missing_ok=True)

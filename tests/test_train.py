@@ -5,7 +5,9 @@ import torch
 from torch import nn
 
 import train
+import utils
 from backdoors import get_backdoor, poison_training_set
+from cli import InputError
 from train import epoch_batches, learning_rate, poisoned_batch
 
 pytestmark = pytest.mark.usefixtures("few_test_images")
@@ -103,6 +105,68 @@ def test_the_rate_rises_to_its_peak_and_falls_to_nothing():
     assert rates[top:] == sorted(rates[top:], reverse=True)
     assert 0 < rates[0] < 0.01
     assert 0 < rates[-1] < 0.001
+
+
+def test_a_held_rate_rises_to_its_peak_and_stays():
+    rates = [learning_rate(i, 1000, 0.4, hold=True) for i in range(1000)]
+    assert rates[:149] == [learning_rate(i, 1000, 0.4) for i in range(149)]
+    assert rates[150:] == [0.4] * 850
+
+
+SMALL = ["--dataset", "cifar10_sample", "--width", "0.0625", "--attack", "none", "--batch_size", "250"]
+SMALL += ["--precision", "fp32", "--lr", "0.02"]
+
+
+def test_the_weights_after_each_step_of_the_last_epochs_are_averaged(tmp_path, monkeypatch):
+    """And batch norm's mean and variance are those that the averaged weights have on the training images."""
+    seen = []
+    update = train.swa_utils.AveragedModel.update_parameters
+
+    def look(average, model):
+        seen.append([p.detach().clone() for p in model.parameters()])
+        update(average, model)
+
+    monkeypatch.setattr(train.swa_utils.AveragedModel, "update_parameters", look)
+    out = tmp_path / "v.pt"
+    train.main([*SMALL, "--epochs", "4", "--average", "2", "--ckpt", str(out)])
+    assert len(seen) == 2 * 2  # of two batches each
+    model, checkpoint = utils.load_model(out)
+    assert checkpoint["average"] == 2
+    for p, *steps in zip(model.parameters(), *seen, strict=True):
+        mean = torch.stack(steps).mean(0)
+        torch.testing.assert_close(p, mean if p.dim() == 1 else mean.half().float(), rtol=2e-3, atol=1e-5)
+
+    # the images that batch norm saw last: those of one more epoch
+    config = {"batch_size": 250, "seed": 1024, "epochs_before": 0}
+    data = utils.load_dataset("cifar10_sample", tmp_path, train=True)
+    batches = list(train.training_batches(data, train.poison_training_set(data[1], "none", 0), None, config, 4))
+    means = [model.conv1(model.normalize(x)).mean((0, 2, 3)) for x, _y, _size in batches]
+    torch.testing.assert_close(model.bn1.running_mean, torch.stack(means).mean(0), rtol=1e-2, atol=1e-3)
+
+
+def test_a_cut_off_average_goes_on_as_if_nothing_had_happened(tmp_path, monkeypatch):
+    whole, cut = tmp_path / "whole.pt", tmp_path / "cut.pt"
+    flags = [*SMALL, "--epochs", "4", "--average", "2"]
+    train.main([*flags, "--ckpt", str(whole)])
+    epoch = train.train_epoch
+
+    def stop_in_the_last(*args):
+        if args[6] == 3:
+            raise KeyboardInterrupt
+        return epoch(*args)
+
+    monkeypatch.setattr(train, "train_epoch", stop_in_the_last)
+    with pytest.raises(KeyboardInterrupt):
+        train.main([*flags, "--ckpt", str(cut)])
+    monkeypatch.undo()
+    train.main([*flags, "--ckpt", str(cut)])
+    a, b = (torch.load(path, weights_only=True)["state_dict"] for path in (whole, cut))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_an_average_needs_epochs_before_it(tmp_path):
+    with pytest.raises(InputError, match="--average 2"):
+        train.main([*SMALL, "--epochs", "2", "--average", "2", "--ckpt", str(tmp_path / "v.pt")])
 
 
 def test_it_learns(tmp_path):

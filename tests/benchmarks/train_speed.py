@@ -23,7 +23,8 @@ def main():
     labels = torch.arange(args.images, device=device) % 10
     poison = poison_training_set(labels, "wanet", 0)  # the dearest of the attacks
     backdoor = get_backdoor("wanet").to(device)
-    config = {"batch_size": args.batch_size, "seed": 0, "epochs": 1, "epochs_before": 0, "small_epochs": 0, "lr": 1e-3}
+    config = {"batch_size": args.batch_size, "seed": 0, "epochs": 1, "epochs_before": 0, "lr": 1e-3}
+    config |= {"small_epochs": 0, "average": 0}
     x, y = utils.to_float(images[: args.batch_size]), labels[: args.batch_size]
 
     def bare():
@@ -47,7 +48,7 @@ def main():
                 0,
                 args.dtype,
                 torch.channels_last,
-                progress,
+                progress.update,
             )
 
     t = bench.in_turn({"bare step": bare, "train_epoch": epoch}, args.n, device)
