@@ -1,6 +1,7 @@
 """What the tests share: the small real victim of the golden trajectory, and files made from it."""
 
 import copy
+import os
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,8 @@ import utils
 from backdoors import get_backdoor
 
 cli.keep_freed_memory()  # as the commands do
+if "PYTEST_XDIST_WORKER" in os.environ:  # pytest -n: processes share the cores, and their threads would only wait
+    torch.set_num_threads(1)
 
 GOLDEN = Path(__file__).parent / "golden" / "unit_tiny.npz"
 
