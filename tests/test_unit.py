@@ -12,7 +12,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import models
 import unit
-from unit import AlphaSchedule, BudgetSchedule, UnitConfig, tighten
+from unit import AlphaSchedule, BudgetSchedule, UnitConfig, fuse_clips, tighten
 
 
 def tiny_config(golden, **kwargs):
@@ -260,6 +260,15 @@ def test_bf16_agrees_with_fp32_at_the_start(tiny, defence, golden, fused):
     a, b = (tighten(tiny, *defence, tiny_config(golden, n_steps=2, precision=p, compile=settings[p])) for p in settings)
     np.testing.assert_allclose(b.history["reg"], a.history["reg"], rtol=1e-2)
     np.testing.assert_allclose(b.history["ce"], a.history["ce"], rtol=5e-2)
+
+
+def test_clips_are_compiled_in_long_bf16_runs_on_a_cpu_alone():
+    cpu, long = torch.device("cpu"), 10**9
+    assert not fuse_clips(UnitConfig(precision="fp32"), cpu, long)
+    assert not fuse_clips(UnitConfig(precision="bf16"), cpu, 20_000)
+    assert not fuse_clips(UnitConfig(precision="bf16"), torch.device("cuda"), long)
+    assert not fuse_clips(UnitConfig(precision="bf16", compile="off"), cpu, long)
+    assert fuse_clips(UnitConfig(compile="on"), cpu, 1)
 
 
 # --- alpha ----------------------------------------------------------------------------------------------------------
