@@ -60,22 +60,21 @@ def test_golden_trajectory(golden_run, golden):
 
     The loop taken literally, in float32, departs from itself by 1.2e-4 (R) and 1.4e-3 (a site's mean) after its start
     was moved by one rounding at random, and from the record by as much; in double precision the record is 1.3e-4 and
-    1.6e-3 away. Ours, by micro-batch and processor, was 2.9e-5 to 1.2e-4 and 7.2e-4 to 1.15e-3 away, all of it after
-    step 100; before, 4e-5 and 4.4e-4 at most. So the late steps are held loosely to the record, and closely to double
-    precision below.
+    1.6e-3 away. So on some processors a late bound fails; each step is held to double precision below.
     """
     result, history = golden_run[0], golden_run[0].history
     assert result.initial_acc == pytest.approx(float(golden["valid_acc_initial"]), abs=1e-6)
     np.testing.assert_array_equal(history["alpha"], golden["alpha"])
     best, late = int(golden["best_step"]) + 1, 100
-    for steps, rtol in ((slice(best), 2e-5), (slice(late), 1e-4), (slice(None), 4e-4)):
+    for steps, rtol in ((slice(best), 2e-5), (slice(None), 1e-4)):
         np.testing.assert_allclose(history["reg"][steps], golden["reg"][steps], rtol=rtol)
     np.testing.assert_allclose(history["ce"], golden["ce"], atol=2e-3)
     np.testing.assert_allclose(history["valid_acc"], golden["valid_acc"], atol=0.0201)  # a boundary image may flip
     recorded = [v for k, v in golden.items() if k.startswith("bound_mean.")]
     for mean, (name, ours) in zip(recorded, result.bound_mean.items(), strict=True):
-        for steps, atol in ((slice(best), 2e-4), (slice(late), 1e-3), (slice(None), 4e-3)):
+        for steps, atol in ((slice(best), 2e-4), (slice(late), 1e-3)):
             np.testing.assert_allclose(ours[steps], mean[steps], rtol=0, atol=atol, err_msg=name)
+        np.testing.assert_allclose(ours, mean, rtol=1e-3, err_msg=name)
     assert result.best_step == golden["best_step"]
     # the bounds that were measured: those after the chosen step's update
     for name, bound in result.bounds.items():
@@ -95,8 +94,8 @@ def test_gradients_are_those_of_double_precision(golden_run, untouched, defence,
         loss = F.cross_entropy(net(defence[0].double()), defence[1]) + result.history["alpha"][step] * reg
         exact = torch.autograd.grad(loss, [site.bound for site in sites.values()])
         for name, want, (_, got) in zip(sites, exact, pairs, strict=True):
-            # 3e-7 where rounding takes no activation to the other side of its bound, else 1.8e-3 and, once, over 5e-3
-            assert (got - want).norm() < 5e-2 * want.norm(), (step, name)
+            # seen, 3e-7 where rounding takes no activation to the other side of its bound, else up to 1.8e-3
+            assert (got - want).norm() < 5e-3 * want.norm(), (step, name)
 
 
 def test_single_bounds_agree_with_the_record_as_long_as_rounding_allows(golden_run, golden):
