@@ -205,7 +205,8 @@ def tighten(model, x_train, y_train, x_valid, y_valid, config=UnitConfig(), on_s
 
     initial_acc = accuracy(net, *valid)
     fused = fuse_clips(config, device, n_train * config.max_steps)
-    models.set_bounds(net, initial_bounds(net, train[0], config.n_sigma), fused)
+    start = initial_bounds(net, x_train.to(device).split(size), config.n_sigma)  # of all images in each process
+    models.set_bounds(net, start, fused)
     sites = models.activation_sites(net)
     bounds = [site.bound for site in sites.values()]
     schedule = (AlphaSchedule if config.until == "steps" else BudgetSchedule)(config)
@@ -221,10 +222,11 @@ def tighten(model, x_train, y_train, x_valid, y_valid, config=UnitConfig(), on_s
             # L = CE(f_c(x), y) + alpha * R over all training images, c = max(b, 0)
             optimizer.zero_grad(set_to_none=True)
             ce = torch.zeros((), device=device)
-            for x, y in zip(*train, strict=True):
-                loss = F.cross_entropy(net(x).float(), y, reduction="sum") / n_train
-                loss.backward()
-                ce += loss.detach()
+            with models.as_one_batch(net):
+                for x, y in zip(*train, strict=True):
+                    loss = F.cross_entropy(net(x).float(), y, reduction="sum") / n_train
+                    loss.backward()
+                    ce += loss.detach()
             utils.sum_over_ranks([ce, *(b.grad for b in bounds)])
             reg = sum(site.clip_level().mean() for site in sites.values())
             (alpha * reg).backward()
@@ -283,37 +285,25 @@ def initial_bounds(net, x_batches, n_sigma):
 class _Moments:
     """Mean and standard deviation over images that come a few at a time, rounded where torch.mean and torch.std round.
 
-    torch adds float32 images one after the other, and starts afresh after 16, these sums' sums after 16 of them, and so
-    on; a standard deviation it accumulates in double precision.
+    A standard deviation torch accumulates in double precision.
     """
 
     def __init__(self):
-        self.n = 0
-        self.levels = []  # sums since the last 16th image, since the last 256th, ...
+        self.total = models.ImageSum()
         self.s1 = self.s2 = 0  # in double precision
 
     def add(self, a):
         """Take further activations (n, C, H, W)."""
         a = (a.cpu() if a.device.type == "mps" else a).float()  # mps has no double precision
-        self.levels = self.levels or [torch.zeros_like(a[0]) for _ in range(4)]
-        for image in a:
-            self.levels[0] += image
-            self.n += 1
-            for level in (1, 2, 3):
-                if self.n % 16**level:
-                    break
-                self.levels[level] += self.levels[level - 1]
-                self.levels[level - 1].zero_()
+        self.total.add(a)
         a = a.double()
         self.s1, self.s2 = self.s1 + a.sum(0), self.s2 + a.square().sum(0)
 
     def mean_and_std(self):
-        """Return both, float32 (C, H, W), std with n - 1 below; under torchrun of the images of all processes."""
-        n = torch.tensor(self.n, dtype=self.s1.dtype, device=self.s1.device)
-        total = sum(self.levels[1:], self.levels[0])
-        utils.sum_over_ranks([n, total, self.s1, self.s2])
-        variance = (self.s2 - self.s1.square() / n).clamp_min(0) / (n - 1).clamp_min(1)
-        return total / n.float(), variance.sqrt().float()
+        """Return both, float32 (C, H, W), std with n - 1 below."""
+        n = self.total.n
+        variance = (self.s2 - self.s1.square() / n).clamp_min(0) / max(n - 1, 1)
+        return self.total.result() / n, variance.sqrt().float()
 
 
 @torch.no_grad()
@@ -327,18 +317,20 @@ def accuracy(net, x_batches, y_batches):
 
 
 def frozen_copy(model, dtype=torch.float32):
-    """Return a copy of `model` that computes the same faster: eval mode, no weight gradients, batch norm folded.
+    """Return a copy of `model` that computes the same faster: eval mode, no weight gradients.
 
-    On AMX its widest convolutions are matrix products.
+    In bf16 batch norm is folded into the convolutions, a twentieth faster. In fp32 it stays: the folded weights'
+    rounding shows late in a search. On AMX its widest convolutions are matrix products.
     dtype: of its convolutions and its linear layer, and so of its activations and logits. It takes uint8 images, too.
     """
     device = next(model.parameters()).device
     net = copy.deepcopy(model).cpu().eval().requires_grad_(False)
-    folded = fold_batch_norm(copy.deepcopy(net))
-    probe = torch.linspace(0, 1, 2 * 3 * 32 * 32).view(2, 3, 32, 32)
-    # a network that does not run each batch norm right after the convolution registered before it stays as it is
-    if torch.allclose(folded(probe), net(probe), rtol=1e-3, atol=1e-3):
-        net = folded
+    if dtype != torch.float32:
+        folded = fold_batch_norm(copy.deepcopy(net))
+        probe = torch.linspace(0, 1, 2 * 3 * 32 * 32).view(2, 3, 32, 32)
+        # a network that does not run each batch norm right after the convolution registered before it stays as it is
+        if torch.allclose(folded(probe), net(probe), rtol=1e-3, atol=1e-3):
+            net = folded
     if utils.has_amx(device):
         models.small_maps_by_products(net, dtype, in_eval=True)
     for layer in net.modules():

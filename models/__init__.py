@@ -2,7 +2,7 @@
 
 from functools import partial
 
-from .custom_modules import ClippedReLU, activation_sites, set_bounds, site_shapes, watching
+from .custom_modules import ClippedReLU, ImageSum, activation_sites, as_one_batch, set_bounds, site_shapes, watching
 from .pickled import MAX_CLASSES, MAX_WIDTH, describe_state_dict, read_pickle
 from .resnet import BasicBlock, Bottleneck, ResNet
 from .small_maps import small_maps_by_products
@@ -12,7 +12,9 @@ __all__ = [
     "MAX_WIDTH",
     "NETWORKS",
     "ClippedReLU",
+    "ImageSum",
     "activation_sites",
+    "as_one_batch",
     "describe_state_dict",
     "get_model",
     "read_pickle",

@@ -13,16 +13,17 @@ def _clip(x, c):
     return torch.minimum(x, c).clamp_min_(0)
 
 
-def _clip_gradients(grad, x, c, to_x=True):
-    """Return the gradients of _clip by x and by c, the latter summed over the batch; to_x: whether x's is wanted.
+def _clip_gradients(grad, x, c, to_x=True, summed=True):
+    """Return the gradients of _clip by x and by c, the latter doubled, and summed over the batch or image by image.
 
-    At ties the whole gradient goes to x and none to the bound: a dead neuron (activation 0, bound 0) moves no bound.
+    At a tie, x = c > 0, each gets half, as from torch.minimum, of which the recorded trajectory is made.
+    to_x: whether the gradient by x is wanted.
     torch adds bf16 numbers in fp32 and rounds the sum. To ask for an fp32 sum costs six times as long on a CPU.
     """
-    # threshold_backward(g, t, 0) is g where t > 0 and else 0, in one pass; x > c >= 0 implies x > 0
-    to_bound = torch.ops.aten.threshold_backward(grad, x - c, 0)
-    grad_x = torch.ops.aten.threshold_backward(grad, x, 0) - to_bound if to_x else None
-    return grad_x, to_bound.sum(0).float()
+    above = torch.ops.aten.threshold_backward(grad, x, 0)  # grad where x > 0 and else 0, in one pass
+    twice = torch.addcmul(above, above, (x - c).sign_())  # 2 grad where x > c, grad at ties; doubling rounds nothing
+    grad_x = torch.add(above, twice, alpha=-0.5) if to_x else None
+    return grad_x, twice.sum(0) if summed else twice
 
 
 @functools.cache
@@ -32,24 +33,30 @@ def _fused(function):
 
 
 class _ReLUClip(torch.autograd.Function):
-    """_clip for x (N, C, H, W) or (N, F) and c, fp32 without the N; fused: whether to compile it.
+    """_clip for x (N, C, H, W) or (N, F) and c, fp32 without the N.
 
+    fused: whether to compile it; total: an ImageSum that takes the gradient by c in its place, or None.
     It works on flat rows (N, F) in the order in which they lie in memory, which is many times faster.
     """
 
     @staticmethod
-    def forward(ctx, x, c, fused):
+    def forward(ctx, x, c, fused, total):
         rows, level = _rows(x.detach()), _rows(c.detach()[None])[0].to(x.dtype)
         ctx.save_for_backward(rows, level)
-        ctx.fused = fused
+        ctx.fused, ctx.total = fused, total
         return _like(x, (_fused(_clip) if fused else _clip)(rows, level))
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         gradients = _fused(_clip_gradients) if ctx.fused else _clip_gradients
-        grad_x, grad_c = gradients(_rows(grad), *ctx.saved_tensors, ctx.needs_input_grad[0])
-        return None if grad_x is None else _like(grad, grad_x), _like(grad, grad_c[None])[0], None
+        grad_x, twice = gradients(_rows(grad), *ctx.saved_tensors, ctx.needs_input_grad[0], ctx.total is None)
+        grad_c = None
+        if ctx.total is None:
+            grad_c = _like(grad, twice.float()[None] / 2)[0]
+        else:
+            ctx.total.add(_like(grad, twice))
+        return None if grad_x is None else _like(grad, grad_x), grad_c, None, None
 
 
 def _rows(t):
@@ -68,6 +75,8 @@ def _like(t, rows):
 class ClippedReLU(nn.Module):
     """min(ReLU(x), max(b, 0)), the activation clipped at its learned upper bound.
 
+    A dead neuron (activation 0, bound 0) moves no bound: where b <= 0 its gradient is 0.
+
     bound: the raw b, shape (C, H, W), one number per neuron and position; any sign, infinity means no bound.
     Input and output: (N, C, H, W). After a linear layer: (F,) and (N, F).
     fused: compiled (torch.compile), which takes some seconds once, and from then on less than half the time on a CPU.
@@ -76,6 +85,7 @@ class ClippedReLU(nn.Module):
     def __init__(self, bound, fused=False):
         super().__init__()
         self.fused = fused
+        self.total = None  # within as_one_batch: where the bound's gradient is added up
         bound = bound.detach().float().clone()
         if bound.dim() == 3:
             # channels last in memory, as the activations are: else every pass over the two is several times slower
@@ -84,10 +94,62 @@ class ClippedReLU(nn.Module):
 
     def clip_level(self):
         """Return c = max(b, 0), shape (C, H, W), differentiable in b."""
-        return self.bound.clamp_min(0)
+        return self.bound.relu()
 
     def forward(self, x):
-        return _ReLUClip.apply(x, self.clip_level(), self.fused)
+        return _ReLUClip.apply(x, self.clip_level(), self.fused, self.total if x.dtype == torch.float32 else None)
+
+
+class ImageSum:
+    """The fp32 sum over images that come a few at a time, to the bit what torch.sum gives for all at once on a CPU.
+
+    torch adds one image after the other, starts afresh after 16, these sums' sums after 16 of them, and so on.
+    """
+
+    def __init__(self):
+        self.n = 0
+        self.levels = []  # sums since the last 16th image, since the last 256th, ...
+
+    def add(self, a):
+        """Take further images (n, ...)."""
+        self.levels = self.levels or [torch.zeros_like(a[0]) for _ in range(4)]
+        while len(a):
+            some, a = a.tensor_split([16 - self.n % 16])
+            if len(some) == 16:
+                self.levels[0] = some.sum(0)
+            else:
+                for image in some:
+                    self.levels[0] += image
+            self.n += len(some)
+            for level in (1, 2, 3):
+                if self.n % 16**level:
+                    break
+                self.levels[level] += self.levels[level - 1]
+                self.levels[level - 1].zero_()
+
+    def result(self):
+        """Return the sum of all images so far."""
+        return sum(self.levels[1:], self.levels[0])
+
+
+@contextlib.contextmanager
+def as_one_batch(model):
+    """Within this context, backward passes over some images each give the bounds the gradient of one over all of them.
+
+    In fp32 on a CPU to the bit, elsewhere to rounding; the bounds' .grad is complete when it ends.
+    """
+    sites = [site for site in activation_sites(model).values() if isinstance(site, ClippedReLU)]
+    sites = [site for site in sites if site.bound.device.type == "cpu"]
+    for site in sites:
+        site.total = ImageSum()
+    try:
+        yield
+        for site in sites:
+            if site.total.n:
+                site.clip_level().backward(site.total.result() / 2)
+    finally:
+        for site in sites:
+            site.total = None
 
 
 def activation_sites(model):

@@ -132,9 +132,8 @@ def test_gradients_are_those_of_the_definition():
     weight = torch.randn(5, 3, 4, 4, generator=g)
     (site(x) * weight).sum().backward()
     x2, b2 = x.detach().clone().requires_grad_(), site.bound.detach().clone().requires_grad_()
-    (torch.minimum(x2.relu(), b2.clamp_min(0)) * weight).sum().backward()
-    positive = b2.detach() > 0  # elsewhere the reference has ties
-    torch.testing.assert_close(x.grad * positive, x2.grad * positive)
+    (torch.minimum(x2.relu(), b2.relu()) * weight).sum().backward()
+    torch.testing.assert_close(x.grad, x2.grad)
     torch.testing.assert_close(site.bound.grad, b2.grad)
 
 
@@ -153,13 +152,43 @@ def test_activations_after_a_linear_layer_are_clipped_too():
     assert clip.bound.grad.tolist() == [1, 0, 1]
 
 
-def test_a_tie_sends_nothing_to_the_bound():
-    # dead neuron: activation 0, bound 0; and an activation exactly at its bound
-    x = torch.tensor([0.0, 2.0]).view(1, 2, 1, 1).requires_grad_()
-    site = ClippedReLU(torch.tensor([0.0, 2.0]).view(2, 1, 1))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_ties_are_shared_but_for_a_dead_neuron(dtype):
+    # dead: activation 0, bound 0; an activation exactly at its bound, one under it, one over it
+    x = torch.tensor([0.0, 2.0, 1.0, 3.0], dtype=dtype).view(1, 4, 1, 1).requires_grad_()
+    site = ClippedReLU(torch.tensor([0.0, 2.0, 2.0, 2.0]).view(4, 1, 1))
     site(x).sum().backward()
-    assert site.bound.grad.flatten().tolist() == [0, 0]
-    assert x.grad.flatten().tolist() == [0, 1]
+    assert site.bound.grad.flatten().tolist() == [0, 0.5, 0, 1]
+    assert x.grad.flatten().tolist() == [0, 0.5, 1, 0]
+
+
+@pytest.mark.parametrize("sizes", [(37, 16, 3, 1, 300, 43), (400,), (1,) * 40])
+def test_images_that_come_a_few_at_a_time_add_up_as_all_at_once(sizes):
+    a = torch.randn(sum(sizes), 8, 6, 6, generator=torch.Generator().manual_seed(0))
+    total = models.ImageSum()
+    for some in a.split(sizes):
+        total.add(some)
+    assert total.n == len(a)
+    assert torch.equal(total.result(), a.sum(0))
+    assert not torch.equal(sum(some.sum(0) for some in a.split(7)), a.sum(0))  # the order does show
+
+
+@pytest.mark.parametrize("size", [400, 64, 7])
+def test_as_one_batch_gives_the_gradients_of_one_pass_to_the_bit(size):
+    """As autograd gives them for the definition; outside the context passes add up as ever."""
+    g = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(400, 8, 6, 6, generator=g) for _ in range(2))
+    b = torch.randn(8, 6, 6, generator=g).requires_grad_()
+    (torch.minimum(x.relu(), b.relu()) * weight).sum().backward()
+    net = nn.Sequential(ClippedReLU(b))
+    with models.as_one_batch(net):
+        for some, w in zip(x.split(size), weight.split(size), strict=True):
+            (net(some) * w).sum().backward()
+    assert torch.equal(net[0].bound.grad, b.grad)
+    net.zero_grad()
+    for some, w in zip(x.split(size), weight.split(size), strict=True):
+        (net(some) * w).sum().backward()
+    torch.testing.assert_close(net[0].bound.grad, b.grad)
 
 
 def test_folding_batch_norm_changes_nothing_but_rounding(tiny, defence):
