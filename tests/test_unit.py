@@ -22,14 +22,10 @@ def tiny_config(golden, **kwargs):
     return UnitConfig(**{**settings, "n_steps": int(golden["n_steps"]), **kwargs})
 
 
-# with pytest -n, one process for all that looks at a run: else it would be made again in the other
-@pytest.fixture(
-    scope="module", params=[pytest.param(n, marks=pytest.mark.xdist_group(f"golden run, {n}")) for n in (400, 150)]
-)
-def golden_run(request, untouched, defence, golden):
-    """Our run of the recorded 140 steps: in full batches, and in micro-batches (150 does not divide 400).
+def recorded_search(model, defence, golden, micro_batch):
+    """Return our run of the recorded 140 steps, and what Adam was given at some: {step: [(bound, gradient)]}.
 
-    Beside the result, what Adam was given at the first step, the best one and the last: {step: [(bound, gradient)]}.
+    The steps are the first, the best one and the last.
     """
     steps, given = (0, int(golden["best_step"]), int(golden["n_steps"]) - 1), {}
     count = itertools.count()
@@ -39,8 +35,9 @@ def golden_run(request, untouched, defence, golden):
             given[step] = [(b.detach().clone(), b.grad.clone()) for b in optimizer.param_groups[0]["params"]]
 
     handle = register_optimizer_step_pre_hook(keep)
-    result = tighten(untouched, *defence, tiny_config(golden, micro_batch=request.param))
+    result = tighten(model, *defence, tiny_config(golden, micro_batch=micro_batch))
     handle.remove()
+    assert sorted(given) == sorted(steps)
     return result, given
 
 
@@ -55,13 +52,22 @@ class Literal(torch.nn.Module):
         return torch.minimum(x.relu(), self.bound.relu())
 
 
-def test_golden_trajectory(golden_run, golden):
+@pytest.mark.parametrize("micro_batch", [400, 150])  # all images at once; a number that does not divide theirs
+def test_golden_trajectory(untouched, defence, golden, micro_batch):
+    result, given = recorded_search(untouched, defence, golden, micro_batch)
+    check_history(result, golden)
+    check_gradients(result, given, untouched, defence)
+    check_single_bounds(result, golden)
+    check_choice(result, copy.deepcopy(untouched), defence, golden)
+
+
+def check_history(result, golden):
     """A rounding difference at one neuron grows: by step 140 to 1e-4 of R and 1e-3 of a site's mean.
 
     On x86 with AVX2 or AVX-512 none is left, and R and the means agree to 6e-7 all along. Where a convolution or a sum
     rounds otherwise, a late bound may fail. Each step is held to double precision below.
     """
-    result, history = golden_run[0], golden_run[0].history
+    history = result.history
     assert result.initial_acc == pytest.approx(float(golden["valid_acc_initial"]), abs=1e-6)
     np.testing.assert_array_equal(history["alpha"], golden["alpha"])
     best, late = int(golden["best_step"]) + 1, 100
@@ -97,10 +103,8 @@ class Sided(torch.nn.Module):
         return y
 
 
-def test_gradients_are_those_of_double_precision(golden_run, untouched, defence, golden):
-    """All along the search: whatever bounds it has come to, its next step is the method's."""
-    result, given = golden_run
-    assert sorted(given) == [0, int(golden["best_step"]), int(golden["n_steps"]) - 1]
+def check_gradients(result, given, untouched, defence):
+    """They are those of double precision, all along: whatever bounds it has come to, its next step is the method's."""
     for step, pairs in given.items():
         names, seen = list(models.activation_sites(untouched)), {}
         single = models.set_bounds(unit.frozen_copy(untouched), dict(zip(names, (b for b, _ in pairs), strict=True)))
@@ -155,10 +159,10 @@ def test_the_first_steps_are_those_of_the_literal_loop(untouched, defence, golde
         torch.testing.assert_close(result.bounds[name], site.bound.detach().relu(), rtol=0, atol=1e-5)
 
 
-def test_single_bounds_agree_with_the_record_as_long_as_rounding_allows(golden_run, golden):
+def check_single_bounds(result, golden):
     """The recorded best bounds are those before the best step's update, ours those after it."""
     keys = (k for k in golden if k.startswith("best_bound."))
-    for key, bound in zip(keys, golden_run[0].bounds.values(), strict=True):
+    for key, bound in zip(keys, result.bounds.values(), strict=True):
         recorded = torch.from_numpy(golden[key])
         assert bound.shape == recorded.shape
         assert (bound - recorded).abs().mean() < 2 * float(golden["lr"])
@@ -199,8 +203,8 @@ def test_bounds_start_at_mean_plus_four_sigma(tiny, defence):
         assert torch.equal(got[name], a.mean(0) + 4 * a.std(0)), name
 
 
-def test_chosen_bounds_are_good_measured_and_never_negative(golden_run, tiny, defence, golden):
-    result, _ = golden_run
+def check_choice(result, tiny, defence, golden):
+    """The chosen bounds are good, measured and never negative."""
     good = [acc >= result.initial_acc - float(golden["acc_degrade"]) for acc in result.history["valid_acc"]]
     regs = [r if ok else np.inf for r, ok in zip(result.history["reg"], good, strict=True)]
     assert result.found_good
