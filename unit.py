@@ -309,8 +309,8 @@ class _Moments:
 def cross_entropy(logits, y):
     """Return the sum over images of CE(logits (N, K) in fp32, y (N,) int64), a scalar with a gradient.
 
-    To the bit the same with AVX2 as with AVX-512: how many of a row torch adds up at once the vectors' width decides,
-    and a rounding shows late in a search. Classes as rows it adds one by one, if images come in whole vectors.
+    The same bits with AVX2 as with AVX-512. Along a row torch adds as many classes at once as a vector holds, and that
+    rounding shows late in a search; with a row per class it adds class after class, if the images fill whole vectors.
     """
     n = len(logits)
     by_class = F.pad(logits, (0, 0, 0, -n % 16)).t()

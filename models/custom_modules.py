@@ -104,6 +104,7 @@ class ImageSum:
     """The fp32 sum over images that come a few at a time, to the bit what torch.sum gives for all at once on a CPU.
 
     torch adds one image after the other, starts afresh after 16, these sums' sums after 16 of them, and so on.
+    So it does where an image has a multiple of 32 numbers, as at each site of a ResNet; else some differ by rounding.
     """
 
     def __init__(self):
