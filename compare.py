@@ -5,7 +5,7 @@
 A cell is a run of unit.py or defend.py at its published constants, and its record in results/. What has a record for
 these very weights is not run again; a cell that fails is reported and left out. --attack, --defenses and --seeds choose
 what is run; the table holds all that has a record, of the data set, network, target and way of drawing given. Writes
-results/compare.json, results/compare.png and the table in README.md.
+results/compare.json, results/compare.png, the table in results/README.md, and BA and ASR alone in README.md.
 """
 
 import argparse
@@ -25,7 +25,7 @@ def parser():
     p.add_argument("--draw", default="first", choices=("first", "random"), help="which images of each class; by seed")
     p.add_argument("--run", default=True, action=argparse.BooleanOptionalAction, help="run what has no record yet")
     p.add_argument("--results", default=str(cli.ROOT / "results"), help="folder of the records")
-    p.add_argument("--page", default=str(cli.ROOT / "README.md"), help="file that holds the table")
+    p.add_argument("--page", default=str(cli.ROOT / "README.md"), help="file that holds BA and ASR in short")
     return p
 
 
@@ -180,7 +180,7 @@ def rows_of(args):
                     continue
                 runs = found(records, defense, victim_sum, usual | ({"ood": ood} if "ood" in usual else {}))
                 if runs:
-                    about = {"note": f"on images of {ood}"} if ood else {}
+                    about = {"ood": ood} | ({"note": f"on images of {ood}"} if ood else {})
                     rows.append(summarise(victim.stem, attack, defense, list(runs.values()), **about))
     # DBD has no victim: it trains on the poisoned images itself; runs that differ in their settings are rows apart
     alike = {}
@@ -213,12 +213,28 @@ def table(rows):
     return report.markdown([*header, "its own paper, on its own weights"], lines)
 
 
+def overview(rows):
+    """Return BA / ASR alone, a line per victim, a column per defence; first the victims of full width."""
+    lines = {}
+    for r in rows:
+        if r["victim"] and not r["ood"]:
+            n = f" (n = {r['n']})" if r["n"] > 1 else ""
+            lines.setdefault(r["victim"], {})[r["defense"]] = (
+                f"{report.percent(r['BA'])} / {report.percent(r['ASR'])}{n}"
+            )
+    ordered = sorted(lines.items(), key=lambda line: "-w" in line[0])
+    return report.markdown(
+        ["BA / ASR in %", *COLUMNS], [[victim, *(line.get(c, "–") for c in COLUMNS)] for victim, line in ordered]
+    )
+
+
 def main(argv=None):
     """The command."""
     args = parser().parse_args(argv)
     args.seeds = args.seeds or [args.seed]
     usual = all(getattr(args, k) == parser().get_default(k) for k in ("dataset", "network", "target", "draw"))
-    if not usual and Path(args.page).resolve() == cli.ROOT / "README.md":
+    ours = Path(args.page).resolve() == cli.ROOT / "README.md" or Path(args.results).resolve() == cli.ROOT / "results"
+    if not usual and ours:
         raise InputError("README.md holds the full set's table at the defaults; give your own --page and --results")
     report.check_mark(Path(args.page), "compare.py")
     failed = fill(args) if args.run else []
@@ -228,7 +244,8 @@ def main(argv=None):
     print(table(rows))
     utils.save_json(rows, Path(args.results) / "compare.json")
     pictures.draw_compared(rows, Path(args.results) / "compare.png")
-    report.put(Path(args.page), table(rows), "compare.py")
+    report.put_section(Path(args.results) / "README.md", "All defences", table(rows), "compare.py")
+    report.put(Path(args.page), overview(rows), "compare.py")
     if failed:
         print("\n".join(["failed:", *failed]), file=sys.stderr)
         sys.exit(1)

@@ -1,4 +1,4 @@
-"""Writes the tables of figures: the victims in ckpt/README.md; the runs of unit.py, also bf16 by fp32, in README.md.
+"""Writes tables of figures: victims in ckpt/README.md, runs of unit.py in results/README.md, bf16 by fp32 in README.md.
 
     python report.py
 
@@ -10,7 +10,7 @@ import cli
 
 def parser():
     """Return the command's parser."""
-    return cli.bare_parser("report.py", "write the tables of victims and runs into ckpt/README.md and README.md")
+    return cli.bare_parser("report.py", "write the tables of victims and runs into the pages")
 
 
 if __name__ == "__main__":
@@ -95,7 +95,7 @@ def runs(folder):
             f"**{percent(r['after']['BA'])} / {percent(r['after']['ASR'])}**",
             f"{r['history']['reg'][0]:.2f} → {r['history']['reg'][r['best_step']]:.2f}", r["best_step"] + 1,
             f"{r['seconds']:.0f}", f"{r['peak_GiB']:.2f}" if r.get("peak_GiB") else "–",
-            f"{machine(r['machine'])}, {s['precision']}", f"[json](results/{path.name})",
+            f"{machine(r['machine'])}, {s['precision']}", f"[json]({path.name})",
         ])  # fmt: skip
     header = ["victim", "measured on", "defence images", "steps", "BA/ASR before", "after", "R", "step chosen"]
     return markdown([*header, "seconds", "peak GiB", "machine", "record"], rows)
@@ -146,14 +146,23 @@ def put(path, table, script="report.py"):
     utils.write_whole(path, lambda p: p.write_text(new))
 
 
+def put_section(path, title, table, script):
+    """Like put(), but where the page has no place for the table, or is not there, add a section of that title to it."""
+    begin = BEGIN.format(script)
+    if not path.exists() or begin not in path.read_text():
+        text = path.read_text() if path.exists() else "# Figures\n"
+        utils.write_whole(path, lambda p: p.write_text(f"{text}\n## {title}\n\n{begin}\n{END}\n"))
+    put(path, table, script)
+
+
 def main(argv=None):
     """The command."""
     parser().parse_args(argv)
     root = Path(cli.ROOT)
     put(root / "ckpt" / "README.md", victims(root / "ckpt"))
-    put(root / "README.md", runs(root / "results"))
+    put(root / "results" / "README.md", runs(root / "results"))
     put(root / "README.md", precisions(root / "results"), "report.py, bf16 and fp32")
-    print("wrote ckpt/README.md and README.md", file=sys.stderr)
+    print("wrote ckpt/README.md, results/README.md and README.md", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -113,12 +113,7 @@ def main(argv=None):
         f"Before: BA {report.percent(before['BA'])} %, ASR {report.percent(before['ASR'])} %. ![{tag}]({name}.png)"
     )
     pictures.draw_sweep(rows, before, tag, Path(args.results) / f"{name}.png")
-    mark = f"sweep.py, {tag}"
-    if not page.exists() or report.BEGIN.format(mark) not in page.read_text():
-        text = page.read_text() if page.exists() else "# Trade-offs\n"
-        text += f"\n## {tag}\n\n{report.BEGIN.format(mark)}\n{report.END}\n"
-        utils.write_whole(page, lambda p: p.write_text(text))
-    report.put(page, f"{caption}\n\n{table}", mark)
+    report.put_section(page, f"Trade-offs of {tag}", f"{caption}\n\n{table}", f"sweep.py, {tag}")
     print(table)
 
 

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("few_test_images")
 
 @pytest.fixture
 def house(tmp_path, victim_file, monkeypatch):
-    """A folder with one small victim, no records, a page with a place for the table; cells run in this process."""
+    """A folder with one small victim, no records, a page with a place for BA and ASR; cells run in this process."""
     ckpt = tmp_path / "ckpt"
     ckpt.mkdir()
     victim_file.rename(ckpt / "cifar10_resnet18_badnet.pt")
@@ -51,6 +51,10 @@ def run_compare(folder, *flags):
     compare.main([*SAMPLE, "--results", str(folder / "results"), "--page", str(folder / "page.md"), *flags])
 
 
+def every_figure(folder):
+    return (folder / "results" / "README.md").read_text()
+
+
 def test_a_cell_is_run_once_and_its_figures_stand_in_the_table(house, capsys):
     folder, ran = house
     run_compare(folder, "--defenses", "none", "ft", "--seeds", "1", "2")
@@ -60,9 +64,12 @@ def test_a_cell_is_run_once_and_its_figures_stand_in_the_table(house, capsys):
     rows = json.loads((folder / "results" / "compare.json").read_text())
     assert [(r["attack"], r["defense"], r["n"]) for r in rows] == [("badnet", "none", 2), ("badnet", "ft", 2)]
     records = [json.loads(p.read_text()) for p in (folder / "results").glob("ft_*.json")]
-    mean = sum(r["after"]["BA"] for r in records) / 2
+    mean, asr = (sum(r["after"][k] for r in records) / 2 for k in ("BA", "ASR"))
     assert rows[1]["BA"] == pytest.approx(mean)
-    assert f"| cifar10_resnet18_badnet | ft | {100 * mean:.2f} |" in (folder / "page.md").read_text()
+    assert f"| cifar10_resnet18_badnet | ft | {100 * mean:.2f} |" in every_figure(folder)
+    line = next(line for line in (folder / "page.md").read_text().splitlines() if "badnet" in line)
+    assert line.split(" | ")[2] == f"{100 * mean:.2f} / {100 * asr:.2f} (n = 2)"  # after the victim and `none`
+    assert line.endswith("| – | – | – | – |")  # what was not run
     assert (folder / "results" / "compare.png").exists()
 
 
@@ -72,7 +79,7 @@ def test_a_cell_that_fails_does_not_take_the_rest_with_it(house, capsys):
         run_compare(folder, "--defenses", "ulrl", "ft")
     assert end.value.code == 1
     assert "badnet, ulrl, seed 1024: exit status 1: no luck" in capsys.readouterr().err
-    assert "| cifar10_resnet18_badnet | ft |" in (folder / "page.md").read_text()
+    assert "| cifar10_resnet18_badnet | ft |" in every_figure(folder)
 
 
 @pytest.mark.parametrize(
@@ -118,8 +125,10 @@ def test_victims_of_every_width_are_cells(house):
     utils.save_checkpoint(narrow, utils.CKPT / "cifar10_resnet18-w0.125_badnet.pt")
     run_compare(folder, "--defenses", "none")
     assert len(ran) == 2
-    page = (folder / "page.md").read_text()
+    page = every_figure(folder)
     assert page.index("| cifar10_resnet18_badnet | none |") < page.index("| cifar10_resnet18-w0.125_badnet | none |")
+    page = (folder / "page.md").read_text()
+    assert page.index("| cifar10_resnet18_badnet |") < page.index("| cifar10_resnet18-w0.125_badnet |")
 
 
 def test_a_search_until_the_budget_is_a_cell_of_its_own():
@@ -141,6 +150,8 @@ def test_of_two_precisions_bf16_is_the_cell():
 def test_the_table_of_the_readme_is_that_of_the_defaults(house):
     with pytest.raises(InputError, match="--page"):
         compare.main([*SAMPLE, "--results", str(house[0] / "results")])
+    with pytest.raises(InputError, match="--results"):
+        compare.main([*SAMPLE, "--page", str(house[0] / "page.md")])
     assert not house[1]
 
 
@@ -155,9 +166,12 @@ def test_images_of_another_set_are_a_row_apart(house):
         record = {"defense": "bcu", "victim": victim, "settings": settings, "after": {"BA": ba, "ASR": 0.1}, **figures}
         utils.save_json(record, folder / "results" / f"bcu_{ba}.json")
     run_compare(folder, "--no-run")
-    page = (folder / "page.md").read_text()
+    page = every_figure(folder)
     assert "| cifar10_resnet18_badnet | bcu | 80.00 | 10.00 | 5 |" in page
     assert "| cifar10_resnet18_badnet | bcu (on images of clothes.gz) | 70.00 | 10.00 | 5 |" in page
+    page = (folder / "page.md").read_text()
+    assert "80.00 / 10.00" in page
+    assert "70.00" not in page
 
 
 def test_another_victim_is_another_cell(house):
@@ -197,7 +211,7 @@ def test_runs_of_dbd_stand_apart_by_their_settings(house):
         record = {"defense": "dbd", "victim": {"sha256": "0"}, "settings": settings, **figures}
         utils.save_json(record, folder / "results" / f"dbd_{name}.json")
     run_compare(folder, "--no-run")
-    page = (folder / "page.md").read_text()
+    page = every_figure(folder)
     assert "| blended | dbd (width 0.25, 2+1+1 epochs, poison rate 5 %, target 0) | 80.00 | 10.00 |" in page
     rows = json.loads((folder / "results" / "compare.json").read_text())
     assert sorted(r["n"] for r in rows) == [1, 2]
