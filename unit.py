@@ -319,12 +319,15 @@ def cross_entropy(logits, y):
 
 @torch.no_grad()
 def accuracy(net, x_batches, y_batches):
-    """Return the share of images that `net` classifies as labelled, a float in [0, 1]."""
+    """Return the share of images that `net` classifies as labelled, a float in [0, 1] with float32's digits.
+
+    The published loop compares shares so rounded: where a step costs just acc_degrade, that decides whether it is good.
+    """
     hits = sum((net(x).argmax(1) == y).sum() for x, y in zip(x_batches, y_batches, strict=True))
     counts = torch.stack([hits, torch.full_like(hits, sum(map(len, y_batches)))])
     utils.sum_over_ranks([counts])
-    hits, n = counts.tolist()
-    return hits / n
+    hits, n = counts.float()
+    return (hits / n).item()
 
 
 def frozen_copy(model, dtype=torch.float32):
