@@ -321,7 +321,8 @@ def cross_entropy(logits, y):
 def accuracy(net, x_batches, y_batches):
     """Return the share of images that `net` classifies as labelled, a float in [0, 1] with float32's digits.
 
-    The published loop compares shares so rounded: where a step costs just acc_degrade, that decides whether it is good.
+    Those recorded of the published loop are rounded so: where a step costs just acc_degrade, it decides whether that is
+    good.
     """
     hits = sum((net(x).argmax(1) == y).sum() for x, y in zip(x_batches, y_batches, strict=True))
     counts = torch.stack([hits, torch.full_like(hits, sum(map(len, y_batches)))])
