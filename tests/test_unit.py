@@ -227,12 +227,13 @@ def test_accuracy_is_rounded_as_in_the_published_loop(n):
 
 
 def test_until_the_budget_is_used_r_gets_smaller_and_the_search_ends_itself(tiny, defence, golden, monkeypatch):
+    """Here, that is, at a budget of 5 of 100 images; at 4 the default's 40 steps come to 36.77, these to 37.05."""
     monkeypatch.setattr(BudgetSchedule, "wait", 10)  # shortens the test
     x_train, y_train, x_valid, y_valid = defence
     data = x_train[::4], y_train[::4], x_valid, y_valid
-    config = tiny_config(golden, n_steps=40, acc_degrade=0.05)
+    config = tiny_config(golden, n_steps=40, acc_degrade=0.055)  # no accuracy lies on the limit, where rounding decides
     steps, budget = (tighten(tiny, *data, replace(config, until=until)) for until in ("steps", "budget"))
-    limit = budget.initial_acc - 0.05
+    limit = budget.initial_acc - 0.055
     good = [acc >= limit for acc in budget.history["valid_acc"]]
     assert budget.found_good
     assert budget.best_step == np.argmin(np.where(good, budget.history["reg"], np.inf))
