@@ -71,21 +71,6 @@ def poisoned_set(images, labels, poison, backdoor, batch_size=1000):
     return images, labels
 
 
-def load_partial(path, config):
-    """Return the cut-off run at `path`, or None; raise InputError where it has other settings."""
-    if not path.exists():
-        return None
-    try:
-        partial = torch.load(path, map_location="cpu", weights_only=True)
-        before = partial["config"]
-    except Exception as error:  # whatever a damaged file makes torch raise
-        raise InputError(f"{path} cannot be read ({type(error).__name__}); delete it or give --no-resume") from None
-    differ = [k for k in config if before.get(k) != config[k]]
-    if differ:
-        raise InputError(f"{path} is a cut-off run with another {', '.join(differ)}; --no-resume starts over")
-    return partial
-
-
 def describe(now, poison):
     """Return the figures of an epoch as plain values: what share of the poisoned samples is trusted, not which are."""
     now = dict(now)
@@ -108,7 +93,7 @@ def main(argv=None):
         config = replace(config, simclr_epochs=simclr, linear_epochs=linear, mixmatch_epochs=semi)
     tag = utils.network_tag(args.network, args.width)
     out = Path(args.out or utils.CKPT / f"{args.dataset}_{tag}_{args.attack}_dbd.pt")
-    partial_path = out.with_name(f"{out.name.removesuffix('.pt')}.partial.pt")
+    partial_path = utils.partial_path(out)
     if out.exists() and not args.overwrite and not partial_path.exists():  # with it, only the record is missing
         raise InputError(f"{out} exists; --overwrite trains it again, --out writes elsewhere")
     for place in (out, Path(args.results) / "record.json"):
@@ -130,7 +115,7 @@ def main(argv=None):
     n_views = 2 * len(images) * config.simclr_epochs
     fast = torch.compile(network, dynamic=False) if utils.compiling_pays(device, n_views, args.width) else None
     settings = {k: getattr(args, k) for k in SETTINGS} | {"precision": str(dtype)} | asdict(config)
-    partial = (load_partial(partial_path, settings) if args.resume else None) or {"stage": 0, "epoch": 0}
+    partial = (utils.load_partial(partial_path, settings) if args.resume else None) or {"stage": 0, "epoch": 0}
     history, seconds, peak = partial.get("history", {}), partial.get("seconds", 0.0), partial.get("peak")
     for i, stage_of in enumerate(dbd.STAGES):
         stage = stage_of(network, config, args.seed, fast)

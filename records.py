@@ -11,7 +11,7 @@ from cli import InputError
 PLACES = ("datadir", "ckpt", "out", "outdir", "results")  # flags that name places of this machine, of no use elsewhere
 
 # what says how or where a run computes, and not what
-FREE = {*PLACES, "seed", "device", "precision", "batch_size", "micro_batch", "phase", "compile"}
+FREE = {*PLACES, "seed", "device", "precision", "batch_size", "micro_batch", "phase", "compile", "resume"}
 
 
 def save_record(defense, args, config, victim, device, tag, **figures):

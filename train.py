@@ -149,21 +149,6 @@ def take_average(model, average, data, poison, backdoor, config, dtype, layout):
         swa_utils.update_bn((x.contiguous(memory_format=layout) for x, _y, _size in batches), model.train())
 
 
-def load_partial(path, config):
-    """Return the cut-off run at `path` if it has the same settings, else None; raise InputError where they differ."""
-    if not path.exists():
-        return None
-    try:
-        partial = torch.load(path, map_location="cpu", weights_only=True)
-        before = partial["config"]
-    except Exception as error:  # whatever a damaged file makes torch raise
-        raise InputError(f"{path} cannot be read ({type(error).__name__}); delete it or give --no-resume") from None
-    differ = [k for k in SETTINGS if before.get(k) != config[k]]
-    if differ:
-        raise InputError(f"{path} is a cut-off run with another {', '.join(differ)}; --no-resume starts over")
-    return partial
-
-
 def load_init(path, config, poison, model):
     """Load the victim at `path` into `model`, to train on from; return what the new victim says of it.
 
@@ -236,7 +221,7 @@ def main(argv=None):
     if args.init:
         config["init"] = utils.sha256(args.init)
     out = Path(args.ckpt or utils.checkpoint_path(args.dataset, args.network, args.attack, args.width))
-    partial_path = out.with_name(f"{out.name.removesuffix('.pt')}.partial.pt")
+    partial_path = utils.partial_path(out)
     if out.exists() and not args.overwrite:
         raise InputError(f"{out} exists; --overwrite trains it again, --ckpt writes elsewhere")
     if args.average >= args.epochs:
@@ -264,7 +249,7 @@ def main(argv=None):
     )
     average = swa_utils.AveragedModel(model, multi_avg_fn=swa_utils.get_swa_multi_avg_fn()) if args.average else None
     first, seconds, history = 0, 0.0, []
-    partial = load_partial(partial_path, config) if args.resume else None
+    partial = utils.load_partial(partial_path, {k: config[k] for k in SETTINGS}) if args.resume else None
     if partial:
         model.load_state_dict(partial["state_dict"])
         optimizer.load_state_dict(partial["optimizer"])

@@ -5,7 +5,10 @@
 
 Every neuron of a trained network gets an upper bound on its activation, as tight as a small loss of accuracy on the
 defence images allows; a trigger's outsized activations are clipped there. The weights never change.
+A run that was cut off goes on, from a minute before at most, when the same command is given again.
 """
+
+import argparse
 
 import cli
 from cli import InputError, bounded
@@ -32,6 +35,7 @@ def parser():
     )
     p.add_argument("--precision", default="auto", choices=("auto", "bf16", "fp32"), help="auto: bf16 where it is fast")
     p.add_argument("--compile", default="auto", choices=("auto", "on", "off"), help="the clips")
+    p.add_argument("--resume", default=True, action=argparse.BooleanOptionalAction, help="go on after a cut-off run")
     p.add_argument("--ckpt", help="victim to defend (default: the one of --network and --attack)")
     p.add_argument("--out", help="where to save (default: ckpt/{dataset}_{network}_{attack}_unit[_budget].pt)")
     p.add_argument("--outdir", default=".", help="folder of the picture")
@@ -114,6 +118,7 @@ class AlphaSchedule:
     """The weight alpha of the tightening term: doubled while accuracy holds, cut when it does not."""
 
     speed: ClassVar = 1.0  # the bounds' learning rate is speed * lr
+    over: ClassVar = False  # whether the search ends before its last step
     config: UnitConfig = field(default_factory=UnitConfig)
     alpha: float = field(init=False)  # of the step to come
     up: int = 0  # good steps in a row
@@ -153,6 +158,11 @@ class BudgetSchedule(AlphaSchedule):
     halvings: ClassVar = 3
     halved: int = 0
 
+    @property
+    def over(self):
+        """Whether the search is over."""
+        return self.halved == self.halvings
+
     def update(self, good):
         """Move on by one step; good: whether the step's validation accuracy was within the budget."""
         if good:
@@ -162,28 +172,87 @@ class BudgetSchedule(AlphaSchedule):
             self.alpha = max(self.alpha / self.config.alpha_down, self.config.alpha)
 
     def mend(self, optimizer, sites, best_bounds):
-        """After a bad step: change the optimizer, and the bounds of `sites`; return whether the search is over.
+        """After a bad step: change the optimizer, and the bounds of `sites`.
 
         best_bounds: {site: (C, H, W)}, or None as long as no step was good: then there is nothing to go back to.
         """
         optimizer.state.clear()
         if self.down < self.wait or best_bounds is None:
-            return False
+            return
         with torch.no_grad():
             for name, site in sites.items():
                 site.bound.copy_(best_bounds[name])
         for group in optimizer.param_groups:
             group["lr"] /= 2
         self.down, self.halved = 0, self.halved + 1
-        return self.halved == self.halvings
+
+
+class Search:
+    """A search under way: what it has measured and found, of which it can end after any step, or go on.
+
+    sites: {site: ClippedReLU} of the network; optimizer: of their bounds; schedule: of alpha.
+    """
+
+    def __init__(self, sites, optimizer, schedule):
+        self.sites, self.optimizer, self.schedule = sites, optimizer, schedule
+        self.history = {"alpha": [], "ce": [], "reg": [], "valid_acc": []}
+        self.bound_mean = {name: [] for name in sites}
+        self.measured, self.best = None, (math.inf, None, None)
+
+    def record(self, step, now, good):
+        """Take what a step gave; now: a value for each list of the history; good: see AlphaSchedule.update."""
+        for key, value in now.items():
+            self.history[key].append(value)
+        means = torch.stack([site.clip_level().mean() for site in self.sites.values()]).tolist()
+        for name, mean in zip(self.sites, means, strict=True):
+            self.bound_mean[name].append(mean)
+        here = step, self._levels()
+        # in one go, so that Ctrl-C finds both of the same step
+        self.measured, self.best = here, (now["reg"], *here) if good and now["reg"] < self.best[0] else self.best
+
+    def result(self, initial_acc, interrupted):
+        """Return the UnitResult of the steps recorded, without what an interrupted one left."""
+        for values in (*self.history.values(), *self.bound_mean.values()):
+            del values[self.measured[0] + 1 :]
+        found_good = self.best[2] is not None
+        best_step, bounds = self.best[1:] if found_good else self.measured
+        return UnitResult(bounds, best_step, self.history, self.bound_mean, initial_acc, found_good, interrupted)
+
+    def state(self):
+        """Return what the steps to come follow from, and the result, as tensors and plain values."""
+        return {
+            "bounds": {name: site.bound.detach() for name, site in self.sites.items()},
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": {k: v for k, v in vars(self.schedule).items() if k != "config"},
+            "history": self.history,
+            "bound_mean": self.bound_mean,
+            "best": self.best,
+        }
+
+    @torch.no_grad()
+    def go_on(self, state):
+        """Take up another search where it stood."""
+        for name, site in self.sites.items():
+            site.bound.copy_(state["bounds"][name])
+        self.optimizer.load_state_dict(state["optimizer"])
+        vars(self.schedule).update(state["schedule"])
+        self.history, self.bound_mean = state["history"], state["bound_mean"]
+        self.measured, self.best = (len(self.history["ce"]) - 1, self._levels()), state["best"]
+
+    def _levels(self):
+        return {name: site.clip_level().detach() for name, site in self.sites.items()}
 
 
 @utils.repeatable()
-def tighten(model, x_train, y_train, x_valid, y_valid, config=UnitConfig(), on_step=None):  # noqa: B008 (it is frozen)
+def tighten(
+    model, x_train, y_train, x_valid, y_valid, config=UnitConfig(), on_step=None, keep=None, state=None,  # noqa: B008
+):  # fmt: skip
     """Learn a tight upper bound for every neuron's activation; the model itself is left as it is.
 
     model: a network of this repo; images uint8 (N, 3, H, W) or float in [0, 1], labels int64 (N,), on any device.
     on_step: called after each step with (step, {"alpha", "ce", "reg", "valid_acc"}).
+    keep: called after each step with a function that returns the search's state; a search given that as `state`, and
+    all else as before, goes on from there to the same bits.
     Raises ValueError when the network has no activation module that could be clipped, or bounds already, and for a
     config.until that is neither "steps" nor "budget".
     Under torchrun the processes share the images, and all return the same result.
@@ -211,12 +280,14 @@ def tighten(model, x_train, y_train, x_valid, y_valid, config=UnitConfig(), on_s
     bounds = [site.bound for site in sites.values()]
     schedule = (AlphaSchedule if config.until == "steps" else BudgetSchedule)(config)
     optimizer = torch.optim.Adam(bounds, lr=schedule.speed * config.lr, betas=config.betas, eps=config.eps)
-    history = {"alpha": [], "ce": [], "reg": [], "valid_acc": []}
-    bound_mean = {name: [] for name in sites}
-    measured, best, interrupted = None, (math.inf, None, None), False
+    search, interrupted = Search(sites, optimizer, schedule), False
+    if state is not None:
+        search.go_on(state)
 
     try:
-        for step in range(config.max_steps):
+        for step in range(len(search.history["ce"]), config.max_steps):
+            if schedule.over:
+                break
             alpha = schedule.alpha
 
             # L = CE(f_c(x), y) + alpha * R over all training images, c = max(b, 0)
@@ -237,30 +308,18 @@ def tighten(model, x_train, y_train, x_valid, y_valid, config=UnitConfig(), on_s
             schedule.update(good)
 
             now = {"alpha": alpha, "ce": ce.item(), "reg": reg.item(), "valid_acc": valid_acc}
-            for key, value in now.items():
-                history[key].append(value)
-            means = torch.stack([site.clip_level().mean() for site in sites.values()]).tolist()
-            for name, mean in zip(sites, means, strict=True):
-                bound_mean[name].append(mean)
-            here = step, _snapshot(sites)
-            # in one go, so that Ctrl-C finds both of the same step
-            measured, best = here, (now["reg"], *here) if good and now["reg"] < best[0] else best
+            search.record(step, now, good)
             if on_step is not None:
                 on_step(step, now)
-            if config.until == "budget" and not good and schedule.mend(optimizer, sites, best[2]):
-                break
+            if config.until == "budget" and not good:
+                schedule.mend(optimizer, sites, search.best[2])
+            if keep is not None:
+                keep(search.state)
     except KeyboardInterrupt:
-        if measured is None:
+        if search.measured is None:
             raise
         interrupted = True
-        for values in (*history.values(), *bound_mean.values()):
-            del values[measured[0] + 1 :]
-
-    _, best_step, best_bounds = best
-    found_good = best_bounds is not None
-    if not found_good:
-        best_step, best_bounds = measured
-    return UnitResult(best_bounds, best_step, history, bound_mean, initial_acc, found_good, interrupted)
+    return search.result(initial_acc, interrupted)
 
 
 @torch.no_grad()
@@ -375,11 +434,26 @@ def _batches(x, y, size, device):
     return x.to(device).split(size), y.to(device).split(size)
 
 
-def _snapshot(sites):
-    return {name: site.clip_level().detach() for name, site in sites.items()}
-
-
 # --- the command ------------------------------------------------------------------------------------------------------
+
+KEEP_EVERY = 60  # seconds, after which a search is kept on disk
+
+
+def keeping(path, settings, seconds):
+    """Return what tighten() takes as `keep`: it saves the search at `path` when the last time is long enough ago.
+
+    settings: plain values that utils.load_partial() compares; seconds: that the search took before it was cut off.
+    """
+    start = last = time.perf_counter()
+
+    def keep(state):
+        nonlocal last
+        now = time.perf_counter()
+        if now - last >= KEEP_EVERY:
+            utils.save_checkpoint({"config": settings, "state": state(), "seconds": seconds + now - start}, path)
+            last = now
+
+    return keep
 
 
 def defence_data(args):
@@ -458,23 +532,33 @@ def main(argv=None):
         compile=args.compile,
     )
     data = defence_data(args)
+    victim = {"file": path.name, "sha256": utils.sha256(path)}
+    partial_path = utils.partial_path(out)
+    settings = {k: getattr(args, k) for k in ("dataset", "data_rate", "draw", "seed")} | asdict(config)
+    settings["victim"] = victim["sha256"]
+    partial = (utils.load_partial(partial_path, settings) if args.resume else None) or {"state": None, "seconds": 0.0}
     if not first:
-        tighten(model, *data, config)
+        tighten(model, *data, config, state=partial["state"])
         return
     picture = Path(args.outdir) / f"{name}_{args.attack}.png"
     if out.resolve() == path.resolve():
         raise InputError(f"--out is the victim {path} itself; give another place")
     for place in (out, picture, Path(args.results) / "record.json"):
         utils.check_place(place)
-    victim = {"file": path.name, "sha256": utils.sha256(path)}
 
     print(f"{path}, {len(data[0]):,} training and {len(data[2]):,} validation images, {config.precision} on {device}")
     before = measure(model)
     print(f"before  {before}", flush=True)
+    done = len(partial["state"]["history"]["ce"]) if partial["state"] else 0
+    if done:
+        print(f"going on after step {done} of {config.max_steps} ({partial_path})", flush=True)
     start = time.perf_counter()
-    with tqdm(total=config.max_steps, unit="step") as progress:
-        result = tighten(model, *data, config, lambda step, now: report(step, now, config.max_steps, progress))
-    seconds = time.perf_counter() - start
+    with tqdm(total=config.max_steps, initial=done, unit="step") as progress:
+        result = tighten(
+            model, *data, config, lambda step, now: report(step, now, config.max_steps, progress),
+            keep=keeping(partial_path, settings, partial["seconds"]), state=partial["state"],
+        )  # fmt: skip
+    seconds = partial["seconds"] + time.perf_counter() - start
     if result.interrupted:
         print(f"interrupted after {len(result.history['ce'])} steps: keeping the best bounds so far")
     if not result.found_good:
@@ -489,18 +573,19 @@ def main(argv=None):
     after = measure(model)
     peak = utils.peak_memory(device)
     memory = "" if peak is None else f", {peak:.2f} GiB of memory at most"
-    done = len(result.history["ce"])
-    print(f"after   {after}\nstep {result.best_step + 1} chosen, {seconds:.1f} s for {done} steps{memory}")
+    n_done = len(result.history["ce"])
+    print(f"after   {after}\nstep {result.best_step + 1} chosen, {seconds:.1f} s for {n_done} steps{memory}")
 
     save_defended(model, checkpoint, result, config, known | after._asdict(), out)
     pictures.draw_history(result.history, result.best_step, result.initial_acc - config.acc_degrade, picture)
     figures = {"n_train": len(data[0]), "n_valid": len(data[2]), "seconds": seconds, "peak_GiB": peak}
-    figures |= {"before": before._asdict(), "after": after._asdict()}
+    figures |= {"before": before._asdict(), "after": after._asdict(), "resumed_after": done}
     figures |= {k: v for k, v in vars(result).items() if k != "bounds"}
     record = save_record("unit", args, config, victim, device, tag, **figures)
     print(f"wrote {out}, {picture}, {record}")
     if result.interrupted:
         raise KeyboardInterrupt
+    partial_path.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

@@ -226,6 +226,38 @@ def test_train_resumes_after_a_kill_to_the_same_bits(tmp_path, one_thread, capsy
     assert (a["BA"], a["ASR"]) == (b["BA"], b["ASR"])
 
 
+def test_unit_resumes_after_a_kill_to_the_same_bits(victim_file, tmp_path, one_thread, capsys):
+    often = tmp_path / "often.py"  # keeps a search after every step, not once a minute
+    often.write_text(
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import unit; unit.KEEP_EVERY = 0; unit.main(sys.argv[1:])"
+    )
+    flags = ["--data_rate", "0.2", "--n_steps", "12", "--ckpt", str(victim_file)]
+    folders = {name: tmp_path / name for name in ("whole", "cut")}
+    argv = {
+        name: [*SMALL, *flags, "--out", str(f / "d.pt"), "--results", str(f / "r"), "--outdir", str(f)]
+        for name, f in folders.items()
+    }
+    unit.main(argv["whole"])
+    partial = folders["cut"] / "d.partial.pt"
+    process = command(often, *argv["cut"])
+    while not partial.exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.communicate()
+    assert not (folders["cut"] / "d.pt").exists()
+    capsys.readouterr()
+    unit.main(argv["cut"])
+    assert re.search(r"going on after step \d+ of 12", capsys.readouterr().out)
+    assert not partial.exists()
+    a, b = (utils.load_checkpoint(f / "d.pt") for f in folders.values())
+    assert all(torch.equal(a["bounds"][k], b["bounds"][k]) for k in a["bounds"])
+    assert (a["BA"], a["ASR"], a["defence"]) == (b["BA"], b["ASR"], b["defence"])
+    a, b = (json.loads(next((f / "r").iterdir()).read_text()) for f in folders.values())
+    assert a["history"] == b["history"]
+    assert a["resumed_after"] == 0 < b["resumed_after"] < 12
+
+
 def test_two_processes_train_one_victim(tmp_path):
     out = tmp_path / "v.pt"
     process = command("train.py", *TRAIN, "--attack", "badnet", "--ckpt", str(out), launcher=TORCHRUN, cwd=tmp_path)
@@ -247,6 +279,15 @@ def test_a_partial_run_with_other_settings_is_not_taken(tmp_path):
     with pytest.raises(InputError, match="--no-resume"):
         train.main([*TRAIN, "--ckpt", str(out)])
     assert not out.exists()
+
+
+def test_a_search_with_other_settings_is_not_taken(victim_file, tmp_path):
+    partial = tmp_path / "d.partial.pt"
+    utils.save_checkpoint({"config": {"n_steps": 2}}, partial)
+    with pytest.raises(InputError, match="another .*n_steps.*--no-resume"):
+        run_unit(victim_file, tmp_path, "--n_steps", "1")
+    run_unit(victim_file, tmp_path, "--n_steps", "1", "--no-resume")
+    assert not partial.exists()
 
 
 def test_a_finished_victim_is_not_overwritten(victim_file):

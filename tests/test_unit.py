@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import io
 import itertools
 from dataclasses import replace
 
@@ -254,7 +255,8 @@ def test_until_the_budget_bad_steps_in_a_row_lead_back_to_the_best_bounds_at_hal
             site.bound.sum().backward()
             optimizer.step()
             schedule.update(False)
-            over = schedule.mend(optimizer, {"site": site}, best)
+            schedule.mend(optimizer, {"site": site}, best)
+            over = schedule.over
             assert not optimizer.state
             assert over == (bad == 20 and halvings == 3)
             assert (site.bound == 7).all() == (bad == 20)
@@ -263,7 +265,8 @@ def test_until_the_budget_bad_steps_in_a_row_lead_back_to_the_best_bounds_at_hal
     schedule = BudgetSchedule(UnitConfig())
     for _ in range(30):
         schedule.update(False)
-        assert not schedule.mend(optimizer, {"site": site}, None)
+        schedule.mend(optimizer, {"site": site}, None)
+        assert not schedule.over
     assert optimizer.param_groups[0]["lr"] == 0.1
 
 
@@ -318,6 +321,32 @@ def test_ctrl_c_within_a_step_leaves_it_out(tiny, defence, golden, monkeypatch, 
     assert result.history == whole.history
     assert all(len(v) == 2 for v in result.bound_mean.values())
     assert all(torch.equal(result.bounds[k], whole.bounds[k]) for k in whole.bounds)
+
+
+@pytest.mark.parametrize(("until", "lr"), [("steps", 0.3), ("budget", 0.1)])
+def test_a_search_goes_on_to_the_same_bits_from_each_step(tiny, defence, golden, monkeypatch, until, lr):
+    """Until the budget: also after a return to the best bounds, and when it has ended."""
+    monkeypatch.setattr(BudgetSchedule, "wait", 2)
+    monkeypatch.setattr(BudgetSchedule, "halvings", 2)
+    x_train, y_train, x_valid, y_valid = defence
+    data = x_train[::8], y_train[::8], x_valid, y_valid
+    config = tiny_config(golden, n_steps=9, until=until, lr=lr, acc_degrade=0.1)
+    states = []
+
+    def keep(state):
+        torch.save(state(), file := io.BytesIO())
+        states.append(file.getvalue())
+
+    whole = tighten(tiny, *data, config, keep=keep)
+    good = [acc >= whole.initial_acc - 0.1 for acc in whole.history["valid_acc"]]
+    assert 0 < sum(good) < len(good)
+    assert (len(good) < config.max_steps) == (until == "budget")
+    for state in states:
+        state = torch.load(io.BytesIO(state), weights_only=True)
+        result = tighten(tiny, *data, config, state=state)
+        assert (result.history, result.bound_mean) == (whole.history, whole.bound_mean)
+        assert (result.best_step, result.found_good) == (whole.best_step, whole.found_good)
+        assert all(torch.equal(result.bounds[k], whole.bounds[k]) for k in whole.bounds)
 
 
 def test_uint8_images_are_taken_too(tiny, defence, golden):
