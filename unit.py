@@ -450,10 +450,26 @@ def keeping(path, settings, seconds):
         nonlocal last
         now = time.perf_counter()
         if now - last >= KEEP_EVERY:
-            utils.save_checkpoint({"config": settings, "state": state(), "seconds": seconds + now - start}, path)
+            so_far = {"state": state(), "seconds": seconds + now - start}
+            utils.save_checkpoint({"config": settings, "step": len(so_far["state"]["history"]["ce"]), **so_far}, path)
             last = now
 
     return keep
+
+
+def run_search(model, data, config, partial, keep):
+    """Run tighten() under a progress bar; return its result and its seconds, those before it was cut off too.
+
+    data: what defence_data() returns; partial: {"state", "step", "seconds"} to go on from; keep: see tighten().
+    """
+    start = time.perf_counter()
+    with tqdm(total=config.max_steps, initial=partial["step"], unit="step") as progress:
+
+        def on_step(step, now):
+            report(step, now, config.max_steps, progress)
+
+        result = tighten(model, *data, config, on_step, keep, partial["state"])
+    return result, partial["seconds"] + time.perf_counter() - start
 
 
 def defence_data(args):
@@ -536,7 +552,8 @@ def main(argv=None):
     partial_path = utils.partial_path(out)
     settings = {k: getattr(args, k) for k in ("dataset", "data_rate", "draw", "seed")} | asdict(config)
     settings["victim"] = victim["sha256"]
-    partial = (utils.load_partial(partial_path, settings) if args.resume else None) or {"state": None, "seconds": 0.0}
+    partial = utils.load_partial(partial_path, settings) if args.resume else None
+    partial = partial or {"state": None, "step": 0, "seconds": 0.0}
     if not first:
         tighten(model, *data, config, state=partial["state"])
         return
@@ -549,16 +566,9 @@ def main(argv=None):
     print(f"{path}, {len(data[0]):,} training and {len(data[2]):,} validation images, {config.precision} on {device}")
     before = measure(model)
     print(f"before  {before}", flush=True)
-    done = len(partial["state"]["history"]["ce"]) if partial["state"] else 0
-    if done:
-        print(f"going on after step {done} of {config.max_steps} ({partial_path})", flush=True)
-    start = time.perf_counter()
-    with tqdm(total=config.max_steps, initial=done, unit="step") as progress:
-        result = tighten(
-            model, *data, config, lambda step, now: report(step, now, config.max_steps, progress),
-            keep=keeping(partial_path, settings, partial["seconds"]), state=partial["state"],
-        )  # fmt: skip
-    seconds = partial["seconds"] + time.perf_counter() - start
+    if partial["step"]:
+        print(f"going on after step {partial['step']} of {config.max_steps} ({partial_path})", flush=True)
+    result, seconds = run_search(model, data, config, partial, keeping(partial_path, settings, partial["seconds"]))
     if result.interrupted:
         print(f"interrupted after {len(result.history['ce'])} steps: keeping the best bounds so far")
     if not result.found_good:
@@ -573,13 +583,13 @@ def main(argv=None):
     after = measure(model)
     peak = utils.peak_memory(device)
     memory = "" if peak is None else f", {peak:.2f} GiB of memory at most"
-    n_done = len(result.history["ce"])
-    print(f"after   {after}\nstep {result.best_step + 1} chosen, {seconds:.1f} s for {n_done} steps{memory}")
+    done = len(result.history["ce"])
+    print(f"after   {after}\nstep {result.best_step + 1} chosen, {seconds:.1f} s for {done} steps{memory}")
 
     save_defended(model, checkpoint, result, config, known | after._asdict(), out)
     pictures.draw_history(result.history, result.best_step, result.initial_acc - config.acc_degrade, picture)
     figures = {"n_train": len(data[0]), "n_valid": len(data[2]), "seconds": seconds, "peak_GiB": peak}
-    figures |= {"before": before._asdict(), "after": after._asdict(), "resumed_after": done}
+    figures |= {"before": before._asdict(), "after": after._asdict(), "resumed_after": partial["step"]}
     figures |= {k: v for k, v in vars(result).items() if k != "bounds"}
     record = save_record("unit", args, config, victim, device, tag, **figures)
     print(f"wrote {out}, {picture}, {record}")

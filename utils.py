@@ -358,7 +358,7 @@ def load_partial(path, config):
         raise InputError(f"{path} cannot be read ({type(error).__name__}); delete it or give --no-resume") from None
     differ = [k for k in config if before.get(k) != config[k]]
     if differ:
-        raise InputError(f"{path} is a cut-off run with another {', '.join(differ)}; --no-resume starts over")
+        raise InputError(f"{path} is a cut-off run with another {', '.join(differ)}; delete it or give --no-resume")
     return partial
 
 
