@@ -69,9 +69,9 @@ def parser(prog, description, attacks=ATTACKS):
     p.add_argument("--datadir", default=str(ROOT / "data"), help="folder of the data sets")
     p.add_argument("--dataset", default="cifar10", choices=DATASETS, help="cifar10_sample is embedded: no download")
     p.add_argument("--network", default="resnet18", choices=NETWORKS, help="network of the victim")
-    p.add_argument("--attack", default="badnet", choices=attacks, help="attack of the victim")
+    p.add_argument("--attack", default="badnet", choices=attacks, help="the victim's; none: a clean or unknown one")
     p.add_argument("--seed", default=1024, type=bounded(int, 0, 2**32 - 1), help="seed of every random draw")
-    p.add_argument("--batch_size", default=128, type=bounded(int, 1), help="images per batch")
+    p.add_argument("--batch_size", default=128, type=bounded(int, 1), help="images per batch: evaluation, train.py")
     p.add_argument("--target", default=0, type=bounded(int, 0, 9), help="class that the trigger should give")
     p.add_argument("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"), help="where to compute")
     return p

@@ -3,8 +3,8 @@
     python evaluate.py --attack badnet                                          # the victim
     python evaluate.py --attack badnet --ckpt ckpt/cifar10_resnet18_badnet_unit.pt    # after unit.py
 
-prints `Benign accuracy: 94.12%, ASR: 99.97%` with the counts and writes demo_{attack}.png.
-19,000 images; about a minute on two cores.
+prints `Benign accuracy: 93.56%, ASR: 100.00% (10,000 / 9,000 images)` and writes demo_{attack}.png.
+19,000 images: half a minute on two cores with bf16, some minutes without.
 """
 
 import cli

@@ -102,7 +102,7 @@ def runs(folder):
 
 
 def precisions(folder):
-    """Return the table of the runs of unit.py that differ in nothing but bf16 or fp32, and the machine."""
+    """Return the table of the runs of unit.py that differ in no setting but bf16 or fp32; code and machine may."""
     alike = {}
     for r in load_records(folder, "unit").values():
         what = {k: v for k, v in r["settings"].items() if k not in FREE}

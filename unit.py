@@ -29,12 +29,12 @@ def parser():
         help="share of the training set that is defence data (default: 0.05; all of cifar10_sample)",
     )  # fmt: skip
     p.add_argument("--draw", default="first", choices=("first", "random"), help="which images of each class; by --seed")
-    p.add_argument("--acc_degrade", default=0.03, type=bounded(float, 0, 1), help="accuracy that may be lost")
+    p.add_argument("--acc_degrade", default=0.03, type=bounded(float, 0, 1), help="validation accuracy it may cost")
     p.add_argument(
         "--micro_batch", type=bounded(int, 1), help="images in memory at a time (default: 100 on a CPU, else 1000)"
     )
     p.add_argument("--precision", default="auto", choices=("auto", "bf16", "fp32"), help="auto: bf16 where it is fast")
-    p.add_argument("--compile", default="auto", choices=("auto", "on", "off"), help="the clips")
+    p.add_argument("--compile", default="auto", choices=("auto", "on", "off"), help="the clips; auto: where it pays")
     p.add_argument("--resume", default=True, action=argparse.BooleanOptionalAction, help="go on after a cut-off run")
     p.add_argument("--ckpt", help="victim to defend (default: the one of --network and --attack)")
     p.add_argument("--out", help="where to save (default: ckpt/{dataset}_{network}_{attack}_unit[_budget].pt)")
@@ -253,8 +253,9 @@ def tighten(
     on_step: called after each step with (step, {"alpha", "ce", "reg", "valid_acc"}).
     keep: called after each step with a function that returns the search's state; a search given that as `state`, and
     all else as before, goes on from there to the same bits.
-    Raises ValueError when the network has no activation module that could be clipped, or bounds already, and for a
-    config.until that is neither "steps" nor "budget".
+    Raises ValueError when the network has bounds already, no activation module that could be clipped, or one that a
+    forward pass does not run just once, and for a config.until that is neither "steps" nor "budget". What is no
+    nn.ReLU module, F.relu or a GELU, gets no bound.
     Under torchrun the processes share the images, and all return the same result.
     Returns a UnitResult; models.set_bounds(model, result.bounds) applies it. Ctrl-C ends the search early and keeps
     what it found, unless not a single step was done.
@@ -329,13 +330,23 @@ def initial_bounds(net, x_batches, n_sigma):
     x_batches: tuple of (n, 3, H, W). However the images are cut into batches, the bounds are to the bit what torch.mean
     and torch.std give on a CPU for all their activations at once, as the published code starts, unless several
     processes share them; no activation is kept.
+    Raises ValueError for a site that a forward pass does not run just once.
     """
-    moments = {name: _Moments() for name in models.activation_sites(net)}
-    with models.watching(net, lambda name, a: moments[name].add(a)):
+    moments, n = {name: _Moments() for name in models.activation_sites(net)}, 0
+
+    def look(name, a):
+        if moments[name].total.n != n:
+            raise ValueError(f"the network runs {name} twice; give each activation a module of its own")
+        moments[name].add(a)
+
+    with models.watching(net, look):
         for x in x_batches:
             net(x)
+            n += len(x)
     bounds = {}
     for name, seen in moments.items():
+        if seen.total.n != n:
+            raise ValueError(f"the network does not run {name}; take that module out")
         mean, std = seen.mean_and_std()
         bounds[name] = mean + n_sigma * std
     return bounds

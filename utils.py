@@ -365,8 +365,8 @@ def load_partial(path, config):
 def load_checkpoint(path):
     """Return a checkpoint as a dictionary: `state_dict`, what rebuilds the network, and what is known of it.
 
-    Takes our own files, plain state dicts with the usual keys, and the authors' pickled ResNet objects, of which only
-    the tensors are taken; no code from a file ever runs.
+    Takes our own files, state dicts with the usual keys, plain or wrapped (models.unwrap), and the authors' pickled
+    ResNet objects, of which only the tensors are taken; no code from a file ever runs.
     Raises InputError when there is no such file and for any other content.
     """
     path = Path(path)
@@ -379,10 +379,9 @@ def load_checkpoint(path):
     if isinstance(content, dict) and "state_dict" in content:
         if content.get("format", FORMAT) != FORMAT:
             raise InputError(f"{path} has format {content['format']}, this version reads {FORMAT}; update the repo")
-        state = content["state_dict"]
     else:
-        content = state = dict(content)
-        content = {"state_dict": state}
+        content = {"state_dict": content}
+    state = content["state_dict"] = models.unwrap(content["state_dict"])
     try:
         content = {**models.describe_state_dict(state), **content}
     except ValueError as error:

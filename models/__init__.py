@@ -3,7 +3,7 @@
 from functools import partial
 
 from .custom_modules import ClippedReLU, ImageSum, activation_sites, as_one_batch, set_bounds, site_shapes, watching
-from .pickled import MAX_CLASSES, MAX_WIDTH, describe_state_dict, read_pickle
+from .pickled import MAX_CLASSES, MAX_WIDTH, describe_state_dict, read_pickle, unwrap
 from .resnet import BasicBlock, Bottleneck, ResNet
 from .small_maps import small_maps_by_products
 
@@ -21,6 +21,7 @@ __all__ = [
     "set_bounds",
     "site_shapes",
     "small_maps_by_products",
+    "unwrap",
     "watching",
 ]
 

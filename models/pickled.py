@@ -63,6 +63,16 @@ def read_pickle(path):
     return content
 
 
+def unwrap(content):
+    """Return the state dict within what is often saved around it: a name such as "net", DataParallel's "module."."""
+    for name in ("net", "model", "model_state_dict"):
+        if isinstance(content, dict) and isinstance(content.get(name), dict):
+            content = content[name]
+    if isinstance(content, dict) and all(isinstance(k, str) and k.startswith("module.") for k in content):
+        content = {k.removeprefix("module."): v for k, v in content.items()}
+    return content
+
+
 def _reason(error):
     """Return what torch says is wrong in a line, without its advice on how to load the file unsafely."""
     if "TorchScript" in str(error):

@@ -86,6 +86,19 @@ def test_a_plain_state_dict_is_taken(tiny, tmp_path):
     assert metadata["attack"] is None
 
 
+@pytest.mark.parametrize("wrap", [
+    lambda state: {"net": state, "acc": 95.1, "epoch": 199},
+    lambda state: {"model": {f"module.{k}": v for k, v in state.items()}},
+    lambda state: {"state_dict": {f"module.{k}": v for k, v in state.items()}, "epoch": 3},
+])  # fmt: skip
+def test_a_state_dict_is_taken_as_it_is_often_wrapped(tiny, tmp_path, wrap):
+    torch.save(wrap(tiny.state_dict()), tmp_path / "net.pt")
+    model, checkpoint = utils.load_model(tmp_path / "net.pt")
+    x = torch.rand(2, 3, 32, 32)
+    assert torch.equal(model(x), tiny(x))
+    assert (checkpoint["network"], checkpoint["width"], checkpoint["attack"]) == ("resnet18", 0.125, None)
+
+
 def test_the_authors_pickled_objects_are_taken(authors_model, tmp_path, monkeypatch):
     path = tmp_path / "authors.pt"
     torch.save(authors_model, path)

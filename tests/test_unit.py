@@ -470,3 +470,26 @@ def test_what_cannot_be_clipped_is_said(tiny, defence):
     model = models.get_model("resnet18", width=1 / 16, act_layer=torch.nn.GELU)
     with pytest.raises(ValueError, match="no nn.ReLU"):
         tighten(model, *defence, UnitConfig(n_steps=1))
+
+
+class Shared(torch.nn.Module):
+    """Runs its one activation module as often as it is told, between layers of as many channels."""
+
+    def __init__(self, times):
+        super().__init__()
+        self.times = times
+        self.convs = torch.nn.ModuleList([torch.nn.Conv2d(3, 3, 3, padding=1) for _ in range(3)])
+        self.act = torch.nn.ReLU()
+        self.linear = torch.nn.Linear(3, 10)
+
+    def forward(self, x):
+        for i, conv in enumerate(self.convs):
+            x = self.act(conv(x)) if i < self.times else conv(x)
+        return self.linear(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize(("times", "said"), [(0, "does not run act"), (2, "runs act twice"), (3, "runs act twice")])
+def test_an_activation_that_does_not_run_just_once_is_refused(defence, times, said):
+    with pytest.raises(ValueError, match=said):
+        tighten(Shared(times).eval(), *defence, UnitConfig(n_steps=1))
+    assert len(tighten(Shared(1).eval(), *defence, UnitConfig(n_steps=1)).bounds) == 1
