@@ -102,7 +102,7 @@ def _values(net, images, trigger, batch_size, places, levels):
             seen[name].append(a[(slice(None), *places[name])].cpu())
 
     _watch(net, images, trigger, batch_size, look)
-    shares = {k: (n.double() / (len(images) * levels[k][0].numel())).tolist() for k, n in over.items()}
+    shares = {k: (n.cpu().double() / (len(images) * levels[k][0].numel())).tolist() for k, n in over.items()}
     return {k: torch.cat(values) for k, values in seen.items()}, shares
 
 

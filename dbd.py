@@ -94,7 +94,8 @@ def main(argv=None):
     tag = utils.network_tag(args.network, args.width)
     out = Path(args.out or utils.CKPT / f"{args.dataset}_{tag}_{args.attack}_dbd.pt")
     partial_path = utils.partial_path(out)
-    if out.exists() and not args.overwrite and not partial_path.exists():  # with it, only the record is missing
+    unfinished = args.resume and partial_path.exists()  # with it, only the record is missing
+    if out.exists() and not args.overwrite and not unfinished:
         raise InputError(f"{out} exists; --overwrite trains it again, --out writes elsewhere")
     for place in (out, Path(args.results) / "record.json"):
         utils.check_place(place)

@@ -1,5 +1,7 @@
 """The pictures: what a trigger looks like, and how a search for bounds went."""
 
+import itertools
+
 import torch
 from matplotlib.figure import Figure  # not pyplot: whoever imports this keeps their own backend
 
@@ -77,7 +79,8 @@ def draw_compared(rows, path):
     axis = fig.subplots()
     rows = [r for r in rows if r["ASR"] is not None]
     colours = {d: f"C{i}" for i, d in enumerate(dict.fromkeys(r["defense"] for r in rows))}
-    markers = dict(zip(dict.fromkeys(r["victim"] or r["attack"] for r in rows), "osD^vPX*<>", strict=False))
+    names = dict.fromkeys(r["victim"] or r["attack"] for r in rows)
+    markers = dict(zip(names, itertools.cycle("osD^vPX*<>"), strict=False))
     for r in rows:
         style = {"color": colours[r["defense"]], "marker": markers[r["victim"] or r["attack"]]}
         axis.plot(100 * r["ASR"], 100 * r["BA"], ls="", ms=8, alpha=0.8, **style)

@@ -59,12 +59,16 @@ def find(records, defense, victim_sum, settings):
     A run in bf16, which is the default where it is fast, goes before one in fp32.
     """
     found = {}
-    for r in sorted(records, key=lambda r: r["settings"].get("precision") != "fp32"):
+    for r in sorted(records, key=lambda r: _computed_in(r) not in ("fp32", "float32")):
         same = r["defense"] == defense and r["victim"]["sha256"] == victim_sum and not r.get("interrupted")
         # as JSON has it: tuples are lists
         if same and all(_plain(r["settings"].get(k)) == _plain(v) for k, v in settings.items()):
             found[r["settings"]["seed"]] = r
     return found
+
+
+def _computed_in(record):
+    return record.get("precision") or record["settings"].get("precision")  # the flag alone may say auto
 
 
 def _plain(value):

@@ -211,6 +211,7 @@ def save_victim(model, config, poison, backdoor, test, dtype, history, seconds, 
     return measured
 
 
+@utils.repeatable()
 def main(argv=None):
     """The command."""
     args = parser().parse_args(argv)

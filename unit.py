@@ -47,6 +47,8 @@ if __name__ == "__main__":
     parser().parse_args()  # answers --help and a wrong flag before the seconds that torch takes
 
 import copy
+import hashlib
+import json
 import math
 import sys
 import time
@@ -219,19 +221,20 @@ class Search:
         return UnitResult(bounds, best_step, self.history, self.bound_mean, initial_acc, found_good, interrupted)
 
     def state(self):
-        """Return what the steps to come follow from, and the result, as tensors and plain values."""
-        return {
+        """Return a copy of what the steps to come follow from, and the result, as tensors and plain values."""
+        return copy.deepcopy({
             "bounds": {name: site.bound.detach() for name, site in self.sites.items()},
             "optimizer": self.optimizer.state_dict(),
             "schedule": {k: v for k, v in vars(self.schedule).items() if k != "config"},
             "history": self.history,
             "bound_mean": self.bound_mean,
             "best": self.best,
-        }
+        })  # fmt: skip
 
     @torch.no_grad()
     def go_on(self, state):
         """Take up another search where it stood."""
+        state = copy.deepcopy(state)
         for name, site in self.sites.items():
             site.bound.copy_(state["bounds"][name])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -450,28 +453,52 @@ def _batches(x, y, size, device):
 KEEP_EVERY = 60  # seconds, after which a search is kept on disk
 
 
-def keeping(path, settings, seconds):
+def search_settings(args, config, victim_sum, device):
+    """Return what the bits of a search follow from, as plain values."""
+    machine = utils.machine(device) | {"processes": utils.ranks()[1]}
+    flags = {k: getattr(args, k) for k in ("dataset", "data_rate", "draw", "seed")}
+    return {**flags, **asdict(config), "victim": victim_sum, "machine": {k: machine[k] for k in machine if k != "date"}}
+
+
+def partial_path(out, settings):
+    """Return where a search that is to write `out` is kept: a name for each settings, so that none is in the way."""
+    mark = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+    return utils.partial_path(out.with_name(f"{out.name.removesuffix('.pt')}.{mark}.pt"))
+
+
+def keeping(path, settings, before, device):
     """Return what tighten() takes as `keep`: it saves the search at `path` when the last time is long enough ago.
 
-    settings: plain values that utils.load_partial() compares; seconds: that the search took before it was cut off.
+    settings: plain values that utils.load_partial() compares; before: what it returned of the search's first part.
+    A disk that refuses costs the search nothing.
     """
     start = last = time.perf_counter()
 
     def keep(state):
         nonlocal last
         now = time.perf_counter()
-        if now - last >= KEEP_EVERY:
-            so_far = {"state": state(), "seconds": seconds + now - start}
-            utils.save_checkpoint({"config": settings, "step": len(so_far["state"]["history"]["ce"]), **so_far}, path)
-            last = now
+        if now - last < KEEP_EVERY:
+            return
+        so_far = {"state": state(), "seconds": before["seconds"] + now - start}
+        so_far |= {"step": len(so_far["state"]["history"]["ce"]), "peak": most(before["peak"], device)}
+        try:
+            utils.save_checkpoint({"config": settings, **so_far}, path)
+        except InputError as error:
+            print(f"warning: {error}", file=sys.stderr)
+        last = now
 
     return keep
+
+
+def most(before, device):
+    """Return the peak of memory in GiB, or None where it is unknown; before: that of the process before this one."""
+    return max(before or 0, utils.peak_memory(device) or 0) or None
 
 
 def run_search(model, data, config, partial, keep):
     """Run tighten() under a progress bar; return its result and its seconds, those before it was cut off too.
 
-    data: what defence_data() returns; partial: {"state", "step", "seconds"} to go on from; keep: see tighten().
+    data: what defence_data() returns; partial: {"state", "step", "seconds", ...} to go on from; keep: see tighten().
     """
     start = time.perf_counter()
     with tqdm(total=config.max_steps, initial=partial["step"], unit="step") as progress:
@@ -479,7 +506,7 @@ def run_search(model, data, config, partial, keep):
         def on_step(step, now):
             report(step, now, config.max_steps, progress)
 
-        result = tighten(model, *data, config, on_step, keep, partial["state"])
+        result = tighten(model, *data, config, on_step, keep=keep, state=partial["state"])
     return result, partial["seconds"] + time.perf_counter() - start
 
 
@@ -560,11 +587,10 @@ def main(argv=None):
     )
     data = defence_data(args)
     victim = {"file": path.name, "sha256": utils.sha256(path)}
-    partial_path = utils.partial_path(out)
-    settings = {k: getattr(args, k) for k in ("dataset", "data_rate", "draw", "seed")} | asdict(config)
-    settings["victim"] = victim["sha256"]
-    partial = utils.load_partial(partial_path, settings) if args.resume else None
-    partial = partial or {"state": None, "step": 0, "seconds": 0.0}
+    settings = search_settings(args, config, victim["sha256"], device)
+    kept_at = partial_path(out, settings)
+    partial = utils.load_partial(kept_at, settings) if args.resume else None
+    partial = partial or {"state": None, "step": 0, "seconds": 0.0, "peak": None}
     if not first:
         tighten(model, *data, config, state=partial["state"])
         return
@@ -578,8 +604,8 @@ def main(argv=None):
     before = measure(model)
     print(f"before  {before}", flush=True)
     if partial["step"]:
-        print(f"going on after step {partial['step']} of {config.max_steps} ({partial_path})", flush=True)
-    result, seconds = run_search(model, data, config, partial, keeping(partial_path, settings, partial["seconds"]))
+        print(f"going on after step {partial['step']} of {config.max_steps} ({kept_at})", flush=True)
+    result, seconds = run_search(model, data, config, partial, keeping(kept_at, settings, partial, device))
     if result.interrupted:
         print(f"interrupted after {len(result.history['ce'])} steps: keeping the best bounds so far")
     if not result.found_good:
@@ -592,7 +618,7 @@ def main(argv=None):
     unmeasured = dict.fromkeys(before._fields)
     save_defended(model, checkpoint, result, config, known | unmeasured, out)  # whatever happens from here on
     after = measure(model)
-    peak = utils.peak_memory(device)
+    peak = most(partial["peak"], device)
     memory = "" if peak is None else f", {peak:.2f} GiB of memory at most"
     done = len(result.history["ce"])
     print(f"after   {after}\nstep {result.best_step + 1} chosen, {seconds:.1f} s for {done} steps{memory}")
@@ -606,7 +632,7 @@ def main(argv=None):
     print(f"wrote {out}, {picture}, {record}")
     if result.interrupted:
         raise KeyboardInterrupt
-    partial_path.unlink(missing_ok=True)
+    kept_at.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

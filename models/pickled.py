@@ -13,6 +13,7 @@ from torch import nn
 
 # what a file may ask for; a width of 8 is what the commands take
 MAX_WIDTH, MAX_CLASSES = 8, 100_000
+MAX_MODULES = 10_000
 AUTHORS_CLASSES = ("models.resnet.ResNet", "models.resnet.BasicBlock", "models.custom_modules.SequentialWithArgs")
 
 
@@ -28,7 +29,9 @@ def _torch_layers():
     return sorted({f"{c.__module__}.{c.__qualname__}" for c in classes})
 
 
-def _collect(record, prefix, out):
+def _collect(record, prefix, out, allowance):
+    if next(allowance, None) is None:  # a small file can hold a module in the other many times, at each of many levels
+        raise ValueError(f"more than {MAX_MODULES:,} modules")
     for group in ("_parameters", "_buffers"):
         hidden = record.__dict__.get("_non_persistent_buffers_set", ()) if group == "_buffers" else ()
         for name, tensor in record.__dict__.get(group, {}).items():
@@ -36,7 +39,7 @@ def _collect(record, prefix, out):
                 out[prefix + name] = tensor.detach()
     for name, child in record.__dict__.get("_modules", {}).items():
         if child is not None:
-            _collect(child, f"{prefix}{name}.", out)
+            _collect(child, f"{prefix}{name}.", out, allowance)
     return out
 
 
@@ -53,7 +56,7 @@ def read_pickle(path):
             warnings.simplefilter("ignore")  # of foreign formats, which are refused right after
             content = torch.load(path, map_location="cpu", weights_only=True)
         if isinstance(content, _Record):
-            content = _collect(content, "", {})
+            content = _collect(content, "", {}, iter(range(MAX_MODULES)))
     except pickle.UnpicklingError as error:
         raise ValueError(f"it holds more than tensors and plain values ({_reason(error)})") from None
     except Exception as error:  # whatever a damaged or malicious file makes torch raise, or a network of itself

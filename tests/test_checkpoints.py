@@ -291,6 +291,17 @@ def test_an_authors_object_that_contains_itself_is_refused(authors_model, tmp_pa
         utils.load_checkpoint(tmp_path / "x.pt")
 
 
+def test_an_authors_object_that_holds_a_module_many_times_is_refused(authors_model, tmp_path):
+    """Twice at each of 40 levels: a small file, and a million million paths to the module at its bottom."""
+    module = nn.BatchNorm2d(1)
+    for _ in range(40):
+        module = nn.Sequential(module, module)
+    authors_model.extra = module
+    torch.save(authors_model, tmp_path / "x.pt")
+    with pytest.raises(InputError, match="more than 10,000 modules"):
+        utils.load_checkpoint(tmp_path / "x.pt")
+
+
 def test_a_foreign_file_is_one_line_on_standard_error(tmp_path):
     """In a process of its own, which shows what libraries print."""
     plain, code, script = (tmp_path / name for name in ("plain.pt", "code.pt", "script.pt"))

@@ -238,9 +238,8 @@ def test_unit_resumes_after_a_kill_to_the_same_bits(victim_file, tmp_path, one_t
         for name, f in folders.items()
     }
     unit.main(argv["whole"])
-    partial = folders["cut"] / "d.partial.pt"
     process = command(often, *argv["cut"])
-    while not partial.exists():
+    while not list(folders["cut"].glob("*.partial.pt")):
         assert process.poll() is None
         time.sleep(0.01)
     process.kill()
@@ -249,7 +248,7 @@ def test_unit_resumes_after_a_kill_to_the_same_bits(victim_file, tmp_path, one_t
     capsys.readouterr()
     unit.main(argv["cut"])
     assert re.search(r"going on after step \d+ of 12", capsys.readouterr().out)
-    assert not partial.exists()
+    assert not list(folders["cut"].glob("*.partial.pt"))
     a, b = (utils.load_checkpoint(f / "d.pt") for f in folders.values())
     assert all(torch.equal(a["bounds"][k], b["bounds"][k]) for k in a["bounds"])
     assert (a["BA"], a["ASR"], a["defence"]) == (b["BA"], b["ASR"], b["defence"])
@@ -281,12 +280,51 @@ def test_a_partial_run_with_other_settings_is_not_taken(tmp_path):
     assert not out.exists()
 
 
-def test_a_search_with_other_settings_is_not_taken(victim_file, tmp_path):
-    partial = tmp_path / "d.partial.pt"
-    utils.save_checkpoint({"config": {"n_steps": 2}}, partial)
-    with pytest.raises(InputError, match="another .*n_steps.*--no-resume"):
-        run_unit(victim_file, tmp_path, "--n_steps", "1")
-    run_unit(victim_file, tmp_path, "--n_steps", "1", "--no-resume")
+def test_a_search_is_known_by_all_that_its_bits_follow_from(monkeypatch):
+    def place(victim="0", device="cpu", **changes):
+        args = unit.parser().parse_args([f"--{k}={v}" for k, v in changes.items()])
+        config = unit.UnitConfig(lr=args.lr, n_steps=args.n_steps, until=args.until, acc_degrade=args.acc_degrade)
+        settings = unit.search_settings(args, config, victim, torch.device(device))
+        return unit.partial_path(ROOT / "d.pt", settings)
+
+    changes = {"seed": 1, "data_rate": 0.1, "draw": "random", "dataset": "cifar10_sample", "lr": 0.1, "n_steps": 2}
+    changes |= {"until": "budget", "acc_degrade": 0.1}
+    places = [place(), place(victim="1"), place(device="mps"), *(place(**{k: v}) for k, v in changes.items())]
+    monkeypatch.setattr(utils, "ranks", lambda: (0, 2))
+    places.append(place())
+    assert len(set(places)) == 12
+    assert {p.parent for p in places} == {ROOT}
+
+
+def test_a_damaged_part_of_a_search_is_refused_and_a_full_disk_no_end(victim_file, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(unit, "KEEP_EVERY", 0)
+    report, save = unit.report, utils.save_checkpoint
+
+    def stop_at_2(step, *args):
+        if step == 1:
+            raise KeyboardInterrupt
+        report(step, *args)
+
+    monkeypatch.setattr(unit, "report", stop_at_2)
+    with pytest.raises(KeyboardInterrupt):
+        run_unit(victim_file, tmp_path, "--n_steps", "2")
+    (partial,) = tmp_path.glob("d.*.partial.pt")
+    assert torch.load(partial, weights_only=True)["step"] == 1
+    partial.write_bytes(b"damaged")
+    with pytest.raises(InputError, match="cannot be read.*--no-resume"):
+        run_unit(victim_file, tmp_path, "--n_steps", "2")
+
+    def full(checkpoint, path):
+        if "partial" in path.name:
+            raise InputError("cannot write")
+        save(checkpoint, path)
+
+    monkeypatch.setattr(unit, "report", report)
+    monkeypatch.setattr(utils, "save_checkpoint", full)
+    run_unit(victim_file, tmp_path, "--n_steps", "2", "--no-resume")
+    said = capsys.readouterr()
+    assert "2 steps" in said.out
+    assert said.err.count("warning: cannot write") == 2
     assert not partial.exists()
 
 

@@ -36,6 +36,14 @@ def test_every_attack_trains(tmp_path, attack, precision):
     assert history[-1]["loss"] < history[0]["loss"] - 0.3
 
 
+def test_training_again_gives_the_same_bits(tmp_path):
+    flags = ["--dataset", "cifar10_sample", "--width", "0.125", "--epochs", "2", "--device", "cuda"]
+    for name in ("a", "b"):
+        train.main([*flags, "--attack", "wanet", "--ckpt", str(tmp_path / f"{name}.pt")])
+    a, b = (utils.load_checkpoint(tmp_path / f"{name}.pt")["state_dict"] for name in ("a", "b"))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
 def test_a_training_batch_is_that_of_the_cpu():
     images, labels = utils.load_dataset("cifar10_sample", None, train=True)
     poison = train.poison_training_set(labels, "wanet", 0)

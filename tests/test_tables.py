@@ -9,6 +9,7 @@ import pytest
 
 import compare
 import defend
+import pictures
 import report
 import sweep
 import unit
@@ -139,12 +140,21 @@ def test_a_search_until_the_budget_is_a_cell_of_its_own():
         assert [d for d in usual if compare.found({"a": record}, d, "0", usual[d])] == [defense]
 
 
+def test_the_picture_takes_more_victims_than_there_are_markers(tmp_path):
+    rows = [{"victim": f"v{i}", "defense": "ft", "BA": 0.9, "ASR": 0.1} for i in range(12)]
+    pictures.draw_compared(rows, tmp_path / "x.png")
+    assert (tmp_path / "x.png").read_bytes()[1:4] == b"PNG"
+
+
 def test_of_two_precisions_bf16_is_the_cell():
-    runs = [
-        {"defense": "ft", "victim": {"sha256": "0"}, "settings": {"seed": 1, "precision": p}} for p in ("bf16", "fp32")
-    ]
-    for records in (runs, runs[::-1]):
-        assert find(records, "ft", "0", {})[1]["settings"]["precision"] == "bf16"
+    """Whether the flag says so, or auto, and the record what that came to."""
+    victim = {"victim": {"sha256": "0"}}
+    flags = [{"defense": "unit", **victim, "settings": {"seed": 1, "precision": p}} for p in ("bf16", "fp32")]
+    auto = {"defense": "ft", **victim, "settings": {"seed": 1, "precision": "auto"}}
+    chosen = [{**auto, "precision": p} for p in ("bfloat16", "float32")]
+    for bf16, fp32 in (flags, chosen):
+        for records in ([bf16, fp32], [fp32, bf16]):
+            assert find(records, bf16["defense"], "0", {})[1] is bf16
 
 
 def test_the_table_of_the_readme_is_that_of_the_defaults(house):
@@ -235,7 +245,7 @@ def test_a_sweep_runs_each_value_once(house, monkeypatch, capsys):
     def short(model, *data_and_config, **kwargs):
         *data, config, on_step = data_and_config
         seen.append((config.acc_degrade, len(data[0]) + len(data[2])))
-        return search(model, *data, dataclasses.replace(config, n_steps=1), on_step)
+        return search(model, *data, dataclasses.replace(config, n_steps=1), on_step, **kwargs)
 
     monkeypatch.setattr(unit, "tighten", short)
     flags = [*SAMPLE, "--attack", "badnet", "--results", str(folder / "results")]
