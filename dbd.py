@@ -45,6 +45,7 @@ import torch
 from tqdm import tqdm
 
 import models
+import resuming
 import utils
 from backdoors import poison_training_set
 from defenses import dbd
@@ -93,7 +94,7 @@ def main(argv=None):
         config = replace(config, simclr_epochs=simclr, linear_epochs=linear, mixmatch_epochs=semi)
     tag = utils.network_tag(args.network, args.width)
     out = Path(args.out or utils.CKPT / f"{args.dataset}_{tag}_{args.attack}_dbd.pt")
-    partial_path = utils.partial_path(out)
+    partial_path = resuming.partial_path(out)
     unfinished = args.resume and partial_path.exists()  # with it, only the record is missing
     if out.exists() and not args.overwrite and not unfinished:
         raise InputError(f"{out} exists; --overwrite trains it again, --out writes elsewhere")
@@ -116,7 +117,7 @@ def main(argv=None):
     n_views = 2 * len(images) * config.simclr_epochs
     fast = torch.compile(network, dynamic=False) if utils.compiling_pays(device, n_views, args.width) else None
     settings = {k: getattr(args, k) for k in SETTINGS} | {"precision": str(dtype)} | asdict(config)
-    partial = (utils.load_partial(partial_path, settings) if args.resume else None) or {"stage": 0, "epoch": 0}
+    partial = (resuming.load_partial(partial_path, settings) if args.resume else None) or {"stage": 0, "epoch": 0}
     history, seconds, peak = partial.get("history", {}), partial.get("seconds", 0.0), partial.get("peak")
     for i, stage_of in enumerate(dbd.STAGES):
         stage = stage_of(network, config, args.seed, fast)
@@ -138,7 +139,7 @@ def main(argv=None):
             figures = "  ".join(f"{k} {v:.4f}" for k, v in now.items())
             print(f"stage {stage.number} epoch {epoch + 1:3d}  {figures}  {seconds:.0f} s", flush=True)
             history.setdefault(f"stage_{stage.number}", []).append(now)
-            peak = max(peak or 0, utils.peak_memory(device) or 0) or None
+            peak = resuming.peak_so_far(peak, device)
             state = {"config": settings, "stage": i, "epoch": epoch + 1, "state": stage.state_dict()}
             utils.save_checkpoint(state | {"history": history, "seconds": seconds, "peak": peak}, partial_path)
         stage.finish()

@@ -46,6 +46,7 @@ from torch.optim import swa_utils
 from tqdm import tqdm
 
 import models
+import resuming
 import utils
 from backdoors import epoch_roles, poison_training_set
 from evaluate import evaluate, victim_backdoor
@@ -222,7 +223,7 @@ def main(argv=None):
     if args.init:
         config["init"] = utils.sha256(args.init)
     out = Path(args.ckpt or utils.checkpoint_path(args.dataset, args.network, args.attack, args.width))
-    partial_path = utils.partial_path(out)
+    partial_path = resuming.partial_path(out)
     if out.exists() and not args.overwrite:
         raise InputError(f"{out} exists; --overwrite trains it again, --ckpt writes elsewhere")
     if args.average >= args.epochs:
@@ -250,7 +251,7 @@ def main(argv=None):
     )
     average = swa_utils.AveragedModel(model, multi_avg_fn=swa_utils.get_swa_multi_avg_fn()) if args.average else None
     first, seconds, history = 0, 0.0, []
-    partial = utils.load_partial(partial_path, {k: config[k] for k in SETTINGS}) if args.resume else None
+    partial = resuming.load_partial(partial_path, {k: config[k] for k in SETTINGS}) if args.resume else None
     if partial:
         model.load_state_dict(partial["state_dict"])
         optimizer.load_state_dict(partial["optimizer"])

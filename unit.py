@@ -47,8 +47,6 @@ if __name__ == "__main__":
     parser().parse_args()  # answers --help and a wrong flag before the seconds that torch takes
 
 import copy
-import hashlib
-import json
 import math
 import sys
 import time
@@ -63,6 +61,7 @@ from tqdm import tqdm
 
 import models
 import pictures
+import resuming
 import utils
 from evaluate import evaluate, load_victim
 from models.folding import fold_batch_norm
@@ -450,49 +449,12 @@ def _batches(x, y, size, device):
 
 # --- the command ------------------------------------------------------------------------------------------------------
 
-KEEP_EVERY = 60  # seconds, after which a search is kept on disk
-
 
 def search_settings(args, config, victim_sum, device):
     """Return what the bits of a search follow from, as plain values."""
     machine = utils.machine(device) | {"processes": utils.ranks()[1]}
     flags = {k: getattr(args, k) for k in ("dataset", "data_rate", "draw", "seed")}
     return {**flags, **asdict(config), "victim": victim_sum, "machine": {k: machine[k] for k in machine if k != "date"}}
-
-
-def partial_path(out, settings):
-    """Return where a search that is to write `out` is kept: a name for each settings, so that none is in the way."""
-    mark = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
-    return utils.partial_path(out.with_name(f"{out.name.removesuffix('.pt')}.{mark}.pt"))
-
-
-def keeping(path, settings, before, device):
-    """Return what tighten() takes as `keep`: it saves the search at `path` when the last time is long enough ago.
-
-    settings: plain values that utils.load_partial() compares; before: what it returned of the search's first part.
-    A disk that refuses costs the search nothing.
-    """
-    start = last = time.perf_counter()
-
-    def keep(state):
-        nonlocal last
-        now = time.perf_counter()
-        if now - last < KEEP_EVERY:
-            return
-        so_far = {"state": state(), "seconds": before["seconds"] + now - start}
-        so_far |= {"step": len(so_far["state"]["history"]["ce"]), "peak": most(before["peak"], device)}
-        try:
-            utils.save_checkpoint({"config": settings, **so_far}, path)
-        except InputError as error:
-            print(f"warning: {error}", file=sys.stderr)
-        last = now
-
-    return keep
-
-
-def most(before, device):
-    """Return the peak of memory in GiB, or None where it is unknown; before: that of the process before this one."""
-    return max(before or 0, utils.peak_memory(device) or 0) or None
 
 
 def run_search(model, data, config, partial, keep):
@@ -588,8 +550,8 @@ def main(argv=None):
     data = defence_data(args)
     victim = {"file": path.name, "sha256": utils.sha256(path)}
     settings = search_settings(args, config, victim["sha256"], device)
-    kept_at = partial_path(out, settings)
-    partial = utils.load_partial(kept_at, settings) if args.resume else None
+    kept_at = resuming.partial_path(out, settings)
+    partial = resuming.load_partial(kept_at, settings) if args.resume else None
     partial = partial or {"state": None, "step": 0, "seconds": 0.0, "peak": None}
     if not first:
         tighten(model, *data, config, state=partial["state"])
@@ -605,7 +567,7 @@ def main(argv=None):
     print(f"before  {before}", flush=True)
     if partial["step"]:
         print(f"going on after step {partial['step']} of {config.max_steps} ({kept_at})", flush=True)
-    result, seconds = run_search(model, data, config, partial, keeping(kept_at, settings, partial, device))
+    result, seconds = run_search(model, data, config, partial, resuming.keeping(kept_at, settings, partial, device))
     if result.interrupted:
         print(f"interrupted after {len(result.history['ce'])} steps: keeping the best bounds so far")
     if not result.found_good:
@@ -618,7 +580,7 @@ def main(argv=None):
     unmeasured = dict.fromkeys(before._fields)
     save_defended(model, checkpoint, result, config, known | unmeasured, out)  # whatever happens from here on
     after = measure(model)
-    peak = most(partial["peak"], device)
+    peak = resuming.peak_so_far(partial["peak"], device)
     memory = "" if peak is None else f", {peak:.2f} GiB of memory at most"
     done = len(result.history["ce"])
     print(f"after   {after}\nstep {result.best_step + 1} chosen, {seconds:.1f} s for {done} steps{memory}")

@@ -338,30 +338,6 @@ def save_checkpoint(checkpoint, path):
     write_whole(path, lambda p: torch.save({"format": FORMAT, **checkpoint}, p))
 
 
-def partial_path(path):
-    """Return where a run that is to write `path` keeps what it has done so far: x.partial.pt for x.pt."""
-    return path.with_name(f"{path.name.removesuffix('.pt')}.partial.pt")
-
-
-def load_partial(path, config):
-    """Return what a cut-off run with the same settings kept at `path`, or None where nothing lies.
-
-    config: the settings, plain values; the file has them under the same name.
-    Raises InputError where they differ, or the file cannot be read.
-    """
-    if not path.exists():
-        return None
-    try:
-        partial = torch.load(path, map_location="cpu", weights_only=True)
-        before = partial["config"]
-    except Exception as error:  # whatever a damaged file makes torch raise
-        raise InputError(f"{path} cannot be read ({type(error).__name__}); delete it or give --no-resume") from None
-    differ = [k for k in config if before.get(k) != config[k]]
-    if differ:
-        raise InputError(f"{path} is a cut-off run with another {', '.join(differ)}; delete it or give --no-resume")
-    return partial
-
-
 def load_checkpoint(path):
     """Return a checkpoint as a dictionary: `state_dict`, what rebuilds the network, and what is known of it.
 

@@ -16,6 +16,7 @@ import torch
 
 import records
 import report
+import resuming
 import train
 import unit
 import utils
@@ -229,7 +230,8 @@ def test_train_resumes_after_a_kill_to_the_same_bits(tmp_path, one_thread, capsy
 def test_unit_resumes_after_a_kill_to_the_same_bits(victim_file, tmp_path, one_thread, capsys):
     often = tmp_path / "often.py"  # keeps a search after every step, not once a minute
     often.write_text(
-        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import unit; unit.KEEP_EVERY = 0; unit.main(sys.argv[1:])"
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import resuming, unit\n"
+        "resuming.KEEP_EVERY = 0; unit.main(sys.argv[1:])"
     )
     flags = ["--data_rate", "0.2", "--n_steps", "12", "--ckpt", str(victim_file)]
     folders = {name: tmp_path / name for name in ("whole", "cut")}
@@ -285,7 +287,7 @@ def test_a_search_is_known_by_all_that_its_bits_follow_from(monkeypatch):
         args = unit.parser().parse_args([f"--{k}={v}" for k, v in changes.items()])
         config = unit.UnitConfig(lr=args.lr, n_steps=args.n_steps, until=args.until, acc_degrade=args.acc_degrade)
         settings = unit.search_settings(args, config, victim, torch.device(device))
-        return unit.partial_path(ROOT / "d.pt", settings)
+        return resuming.partial_path(ROOT / "d.pt", settings)
 
     changes = {"seed": 1, "data_rate": 0.1, "draw": "random", "dataset": "cifar10_sample", "lr": 0.1, "n_steps": 2}
     changes |= {"until": "budget", "acc_degrade": 0.1}
@@ -297,7 +299,7 @@ def test_a_search_is_known_by_all_that_its_bits_follow_from(monkeypatch):
 
 
 def test_a_damaged_part_of_a_search_is_refused_and_a_full_disk_no_end(victim_file, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(unit, "KEEP_EVERY", 0)
+    monkeypatch.setattr(resuming, "KEEP_EVERY", 0)
     report, save = unit.report, utils.save_checkpoint
 
     def stop_at_2(step, *args):

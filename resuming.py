@@ -1,0 +1,72 @@
+"""Runs that were cut off: what they keep on disk of what they have done, and how they find it again."""
+
+import hashlib
+import json
+import sys
+import time
+
+import torch
+
+import utils
+from cli import InputError
+
+KEEP_EVERY = 60  # seconds, after which keeping() saves again
+
+
+def partial_path(out, settings=None):
+    """Return where a run that is to write `out` keeps what it has done: x.partial.pt for x.pt.
+
+    settings: plain values, of which a mark comes into the name, so that runs of different settings lie side by side.
+    """
+    stem = out.name.removesuffix(".pt")
+    if settings is not None:
+        stem += "." + hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+    return out.with_name(f"{stem}.partial.pt")
+
+
+def load_partial(path, config):
+    """Return what a cut-off run with the same settings kept at `path`, or None where nothing lies.
+
+    config: the settings, plain values; the file has them under the same name.
+    Raises InputError where they differ, or the file cannot be read.
+    """
+    if not path.exists():
+        return None
+    try:
+        partial = torch.load(path, map_location="cpu", weights_only=True)
+        before = partial["config"]
+    except Exception as error:  # whatever a damaged file makes torch raise
+        raise InputError(f"{path} cannot be read ({type(error).__name__}); delete it or give --no-resume") from None
+    differ = [k for k in config if before.get(k) != config[k]]
+    if differ:
+        raise InputError(f"{path} is a cut-off run with another {', '.join(differ)}; delete it or give --no-resume")
+    return partial
+
+
+def keeping(path, settings, before, device):
+    """Return what tighten() takes as `keep`: it saves the search at `path` when the last time is long enough ago.
+
+    settings: plain values that load_partial() compares; before: what it returned of the search's first part.
+    A disk that refuses costs the search nothing.
+    """
+    start = last = time.perf_counter()
+
+    def keep(state):
+        nonlocal last
+        now = time.perf_counter()
+        if now - last < KEEP_EVERY:
+            return
+        so_far = {"state": state(), "seconds": before["seconds"] + now - start}
+        so_far |= {"step": len(so_far["state"]["history"]["ce"]), "peak": peak_so_far(before["peak"], device)}
+        try:
+            utils.save_checkpoint({"config": settings, **so_far}, path)
+        except InputError as error:
+            print(f"warning: {error}", file=sys.stderr)
+        last = now
+
+    return keep
+
+
+def peak_so_far(before, device):
+    """Return the peak of memory in GiB, or None where it is unknown; before: that of the process before this one."""
+    return max(before or 0, utils.peak_memory(device) or 0) or None
