@@ -2,9 +2,12 @@
 
     python defend.py --defense bcu --attack badnet
 
+A run that was cut off goes on, from a minute or an epoch before at most, when the same command is given again.
 ft: fine-tuning; bcu: Backdoor Cleansing with Unlabeled Data (CVPR 2023); ulrl: UnLearn and ReLearn (2024); none:
 nothing is changed, the victim is measured. Each runs at its published constants. The methods are in defenses/.
 """
+
+import argparse
 
 import cli
 from cli import InputError, bounded
@@ -22,6 +25,7 @@ def parser():
     p.add_argument("--draw", default="first", choices=("first", "random"), help="which images of each class; by --seed")
     p.add_argument("--ood", metavar="FILE", help="images of another set for bcu: .npy, or IDX as of Fashion-MNIST")
     p.add_argument("--precision", default="auto", choices=("auto", "bf16", "fp32"), help="auto: bf16 where it is fast")
+    p.add_argument("--resume", default=True, action=argparse.BooleanOptionalAction, help="go on after a cut-off run")
     p.add_argument("--ckpt", help="victim to defend (default: the one of --network and --attack)")
     p.add_argument("--out", help="where to save (default: ckpt/{dataset}_{network}_{attack}_{defense}[_ood].pt)")
     p.add_argument("--results", default=str(cli.ROOT / "results"), help="folder of the JSON record")
@@ -39,6 +43,7 @@ from typing import ClassVar
 import torch
 from tqdm import tqdm
 
+import resuming
 import utils
 from defenses import DEFENSES
 from defenses.foreign import load_images
@@ -81,23 +86,28 @@ def clean_data(args, config, device):
     return images[chosen].to(device), labels[chosen].to(device) if config.uses_labels else None
 
 
-def repair(args, model, config, dtype, device):
-    """Run the method on `model`; return (Repaired, number of clean images, seconds)."""
+def repair(args, model, config, dtype, device, partial, keep):
+    """Run the method on `model`; return (Repaired, number of clean images, seconds, those before it was cut off too).
+
+    partial: {"state", "step", "seconds", ...} to go on from; keep: see defenses/__init__.py.
+    """
     images, labels = clean_data(args, config, device)
     source = f" of {Path(args.ood).name}" if args.ood else ""
     print(f"{args.defense}: {len(images):,} clean images{source}, labels{'' if config.uses_labels else ' not'} used")
     start = time.perf_counter()
-    with tqdm(unit="epoch") as progress:
+    with tqdm(unit="epoch", initial=partial["step"]) as progress:
 
         def on_epoch(epoch, now):
             progress.update()
             progress.write(f"epoch {epoch + 1:3d}  " + "  ".join(f"{k} {v:.4f}" for k, v in now.items()))
 
         try:
-            repaired = DEFENSES[args.defense].repair(model, images, labels, config, args.seed, on_epoch, dtype)
+            repaired = DEFENSES[args.defense].repair(
+                model, images, labels, config, args.seed, on_epoch, dtype, keep, partial["state"]
+            )
         except ValueError as error:  # of this victim, or of weights that went astray
             raise InputError(f"{args.defense} cannot repair this victim: {error}") from None
-    seconds = time.perf_counter() - start
+    seconds = partial["seconds"] + time.perf_counter() - start
     for name, value in repaired.findings.items():
         print(f"{name}: {value}")
     return repaired, len(images), seconds
@@ -127,8 +137,17 @@ def main(argv=None):
     print(f"before  {before}", flush=True)
     figures = {"data": 0, "labels": False, "seconds": 0.0, "before": before._asdict(), "after": before._asdict()}
 
+    peak = None
     if args.defense != "none":
-        repaired, n, seconds = repair(args, model, config, dtype, device)
+        settings = resuming.settings_of(args, config, victim["sha256"], device) | {"precision": str(dtype)}
+        settings["ood"] = args.ood and utils.sha256(args.ood)
+        kept_at = resuming.partial_path(out, settings)
+        partial = (resuming.load_partial(kept_at, settings) if args.resume else None) or resuming.FRESH
+        if partial["step"]:
+            print(f"going on after epoch {partial['step']} ({kept_at})", flush=True)
+        keep = resuming.keeping(kept_at, settings, partial, device)
+        repaired, n, seconds = repair(args, model, config, dtype, device, partial, keep)
+        peak = partial["peak"]
         # measured as it is saved: with weights in half precision
         state = utils.half_weights(repaired.model.state_dict())
         repaired.model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in state.items()})
@@ -139,10 +158,12 @@ def main(argv=None):
         utils.save_checkpoint({**checkpoint, **after._asdict(), "state_dict": state, "defence": defence}, out)
         print(f"wrote {out}")
         figures |= {"data": n, "labels": config.uses_labels, "seconds": seconds, "after": after._asdict()}
-        figures |= {"history": repaired.history, "findings": repaired.findings}
-    figures |= {"peak_GiB": utils.peak_memory(device), "precision": str(dtype).removeprefix("torch.")}
+        figures |= {"history": repaired.history, "findings": repaired.findings, "resumed_after": partial["step"]}
+    figures |= {"peak_GiB": resuming.peak_so_far(peak, device), "precision": str(dtype).removeprefix("torch.")}
     args.ood = args.ood and Path(args.ood).name  # the record names no place of this machine
     print(f"wrote {save_record(args.defense, args, config, victim, device, tag, **figures)}")
+    if args.defense != "none":
+        kept_at.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

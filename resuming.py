@@ -4,12 +4,14 @@ import hashlib
 import json
 import sys
 import time
+from dataclasses import asdict
 
 import torch
 
 import utils
 from cli import InputError
 
+FRESH = {"state": None, "step": 0, "seconds": 0.0, "peak": None}  # what load_partial() would return of no run at all
 KEEP_EVERY = 60  # seconds, after which keeping() saves again
 
 
@@ -22,6 +24,16 @@ def partial_path(out, settings=None):
     if settings is not None:
         stem += "." + hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
     return out.with_name(f"{stem}.partial.pt")
+
+
+def settings_of(args, config, victim_sum, device):
+    """Return what the bits of a search or a repair follow from, as plain values.
+
+    args: the command's flags; config: its constants, a dataclass; victim_sum: sha256 of the victim's file.
+    """
+    machine = utils.machine(device) | {"processes": utils.ranks()[1]}
+    flags = {k: getattr(args, k) for k in ("dataset", "data_rate", "draw", "seed")}
+    return {**flags, **asdict(config), "victim": victim_sum, "machine": {k: machine[k] for k in machine if k != "date"}}
 
 
 def load_partial(path, config):
@@ -44,20 +56,22 @@ def load_partial(path, config):
 
 
 def keeping(path, settings, before, device):
-    """Return what tighten() takes as `keep`: it saves the search at `path` when the last time is long enough ago.
+    """Return what tighten() and repair() take as `keep`: it saves their state at `path` when the last time is long ago.
 
-    settings: plain values that load_partial() compares; before: what it returned of the search's first part.
-    A disk that refuses costs the search nothing.
+    settings: plain values that load_partial() compares; before: what it returned of the run's first part.
+    A disk that refuses costs the run nothing.
     """
     start = last = time.perf_counter()
+    done = before["step"]
 
     def keep(state):
-        nonlocal last
+        nonlocal last, done
+        done += 1
         now = time.perf_counter()
         if now - last < KEEP_EVERY:
             return
-        so_far = {"state": state(), "seconds": before["seconds"] + now - start}
-        so_far |= {"step": len(so_far["state"]["history"]["ce"]), "peak": peak_so_far(before["peak"], device)}
+        so_far = {"state": state(), "step": done, "seconds": before["seconds"] + now - start}
+        so_far["peak"] = peak_so_far(before["peak"], device)
         try:
             utils.save_checkpoint({"config": settings, **so_far}, path)
         except InputError as error:

@@ -450,13 +450,6 @@ def _batches(x, y, size, device):
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
-def search_settings(args, config, victim_sum, device):
-    """Return what the bits of a search follow from, as plain values."""
-    machine = utils.machine(device) | {"processes": utils.ranks()[1]}
-    flags = {k: getattr(args, k) for k in ("dataset", "data_rate", "draw", "seed")}
-    return {**flags, **asdict(config), "victim": victim_sum, "machine": {k: machine[k] for k in machine if k != "date"}}
-
-
 def run_search(model, data, config, partial, keep):
     """Run tighten() under a progress bar; return its result and its seconds, those before it was cut off too.
 
@@ -549,10 +542,9 @@ def main(argv=None):
     )
     data = defence_data(args)
     victim = {"file": path.name, "sha256": utils.sha256(path)}
-    settings = search_settings(args, config, victim["sha256"], device)
+    settings = resuming.settings_of(args, config, victim["sha256"], device)
     kept_at = resuming.partial_path(out, settings)
-    partial = resuming.load_partial(kept_at, settings) if args.resume else None
-    partial = partial or {"state": None, "step": 0, "seconds": 0.0, "peak": None}
+    partial = (resuming.load_partial(kept_at, settings) if args.resume else None) or resuming.FRESH
     if not first:
         tighten(model, *data, config, state=partial["state"])
         return

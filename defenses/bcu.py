@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .common import Repaired, copy_of, forward, note, train_epoch
+from .common import Repaired, Training, copy_of, forward, train_epoch
 
 
 @dataclass(frozen=True)
@@ -73,12 +73,14 @@ def distillation_loss(student, teacher, temperature):
     return F.kl_div(s, t, log_target=True, reduction="batchmean")
 
 
-def repair(model, images, labels=None, config=Config(), seed=0, on_epoch=None, dtype=torch.float32):  # noqa: B008
+def repair(
+    model, images, labels=None, config=Config(), seed=0, on_epoch=None, dtype=torch.float32, keep=None, state=None,  # noqa: B008
+):  # fmt: skip
     """Distil the victim into a partly fresh copy of itself.
 
     images: uint8 (N, 3, H, W) on the model's device, of any origin; labels: not looked at; on_epoch: called after each
     epoch with (epoch, {"loss", "agreement"}), agreement being the share of images that student and teacher class alike;
-    dtype: what autocast computes in. Returns a Repaired.
+    dtype: what autocast computes in; keep, state: see defenses/__init__.py. Returns a Repaired.
     """
     del labels
     student = copy_of(partly_fresh(model, config.p, seed), dtype).train()
@@ -87,9 +89,8 @@ def repair(model, images, labels=None, config=Config(), seed=0, on_epoch=None, d
         student.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay
     )
     rate = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.epochs)
-    generator = torch.Generator().manual_seed(seed)
-    history = {}
-    for epoch in range(config.epochs):
+    training = Training(student, optimizer, torch.Generator().manual_seed(seed), rate, state)
+    for epoch in range(training.done, config.epochs):
         temperature = config.temperature_low + config.temperature_rise * (epoch + 1) / config.epochs
 
         def loss_of(x, _index, temperature=temperature):
@@ -98,7 +99,6 @@ def repair(model, images, labels=None, config=Config(), seed=0, on_epoch=None, d
                 wanted = forward(teacher, x, dtype)
             return distillation_loss(logits, wanted, temperature), logits.argmax(1) == wanted.argmax(1)
 
-        loss, agreement = train_epoch(images, config.batch_size, optimizer, generator, loss_of)
-        rate.step()
-        note(history, on_epoch, loss=loss, agreement=agreement)
-    return Repaired(student.eval(), history)
+        loss, agreement = train_epoch(images, config.batch_size, optimizer, training.generator, loss_of)
+        training.end_epoch(on_epoch, keep, loss=loss, agreement=agreement)
+    return Repaired(student.eval(), training.history)

@@ -1,4 +1,4 @@
-"""What the defences share: the batches of an epoch, the loop over them, and what comes out in the end."""
+"""What the defences share: the batches of an epoch, the loop over them and over epochs, and what comes out."""
 
 import copy
 from dataclasses import dataclass, field
@@ -55,9 +55,40 @@ def train_epoch(images, batch_size, optimizer, generator, loss_of, clip_norm=Non
     return loss, right
 
 
-def note(history, on_epoch, **now):
-    """Append an epoch's figures to `history`, and tell `on_epoch` (epoch, figures) if there is one."""
-    for name, value in now.items():
-        history.setdefault(name, []).append(value)
-    if on_epoch is not None:
-        on_epoch(len(next(iter(history.values()))) - 1, now)
+class Training:
+    """A training under way, which can end after any epoch, or go on from there to the same bits.
+
+    net, optimizer, generator: what an epoch changes; rate: a scheduler of the optimizer's, moved on by each epoch;
+    state: what another's state() was after some of its epochs, to go on from, or None.
+    """
+
+    def __init__(self, net, optimizer, generator, rate=None, state=None):
+        self.parts = {"net": net, "optimizer": optimizer} | ({} if rate is None else {"rate": rate})
+        self.generator, self.rate = generator, rate
+        self.history = {}
+        if state is not None:
+            for name, part in self.parts.items():
+                part.load_state_dict(copy.deepcopy(state[name]))
+            generator.set_state(state["generator"])
+            self.history = copy.deepcopy(state["history"])
+
+    @property
+    def done(self):
+        """How many epochs are done."""
+        return len(next(iter(self.history.values()), ()))
+
+    def end_epoch(self, on_epoch, keep, **now):
+        """Append an epoch's figures to the history; call on_epoch(epoch, figures) and keep(self.state), if given."""
+        if self.rate is not None:
+            self.rate.step()
+        for name, value in now.items():
+            self.history.setdefault(name, []).append(value)
+        if on_epoch is not None:
+            on_epoch(self.done - 1, now)
+        if keep is not None:
+            keep(self.state)
+
+    def state(self):
+        """Return a copy of what the epochs to come follow from, and the history, as tensors and plain values."""
+        state = {name: part.state_dict() for name, part in self.parts.items()}
+        return copy.deepcopy({**state, "generator": self.generator.get_state(), "history": self.history})

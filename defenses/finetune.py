@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 
-from .common import Repaired, copy_of, forward, note, train_epoch
+from .common import Repaired, Training, copy_of, forward, train_epoch
 
 
 @dataclass(frozen=True)
@@ -22,24 +22,26 @@ class Config:
     batch_size: int = 128
 
 
-def repair(model, images, labels, config=Config(), seed=0, on_epoch=None, dtype=torch.float32):  # noqa: B008 (frozen)
+def repair(
+    model, images, labels, config=Config(), seed=0, on_epoch=None, dtype=torch.float32, keep=None, state=None,  # noqa: B008
+):  # fmt: skip
     """Fine-tune a copy of `model` on clean images.
 
     images: uint8 (N, 3, H, W); labels: int64 (N,), both on the model's device; on_epoch: called after each epoch with
-    (epoch, {"loss", "accuracy"}); dtype: what autocast computes in. Returns a Repaired.
+    (epoch, {"loss", "accuracy"}); dtype: what autocast computes in; keep, state: see defenses/__init__.py.
+    Returns a Repaired.
     """
     net = copy_of(model, dtype).train()
     optimizer = torch.optim.SGD(
         net.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay
     )
-    generator = torch.Generator().manual_seed(seed)
-    history = {}
+    training = Training(net, optimizer, torch.Generator().manual_seed(seed), state=state)
 
     def loss_of(x, index):
         logits = forward(net, x, dtype)
         return F.cross_entropy(logits, labels[index]), logits.argmax(1) == labels[index]
 
-    for _ in range(config.epochs):
-        loss, accuracy = train_epoch(images, config.batch_size, optimizer, generator, loss_of)
-        note(history, on_epoch, loss=loss, accuracy=accuracy)
-    return Repaired(net.eval(), history)
+    for _ in range(training.done, config.epochs):
+        loss, accuracy = train_epoch(images, config.batch_size, optimizer, training.generator, loss_of)
+        training.end_epoch(on_epoch, keep, loss=loss, accuracy=accuracy)
+    return Repaired(net.eval(), training.history)

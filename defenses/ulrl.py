@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 
-from .common import Repaired, copy_of, forward, note, train_epoch
+from .common import Repaired, Training, copy_of, forward, train_epoch
 
 
 @dataclass(frozen=True)
@@ -49,26 +49,24 @@ def linear_layer(model):
     return layers[-1]
 
 
-def unlearn(model, images, labels, config, generator, on_epoch=None, dtype=torch.float32):
+def unlearn(model, images, labels, config, generator, on_epoch=None, dtype=torch.float32, keep=None, state=None):
     """Climb the cross-entropy on the clean images; return (the network that results, history)."""
     net = copy_of(model, dtype).train()
     optimizer = torch.optim.SGD(
         net.parameters(), lr=config.unlearn_lr, momentum=config.momentum, weight_decay=config.unlearn_weight_decay
     )
     rate = torch.optim.lr_scheduler.StepLR(optimizer, config.unlearn_lr_drop, config.unlearn_lr_factor)
-    history = {}
+    training = Training(net, optimizer, generator, rate, state)
 
     def loss_of(x, index):
         logits = forward(net, x, dtype)
         return -F.cross_entropy(logits, labels[index]), logits.argmax(1) == labels[index]
 
-    for _ in range(config.unlearn_epochs):
+    accuracy = training.history.get("unlearn_accuracy", [1.0])[-1]
+    while training.done < config.unlearn_epochs and accuracy > config.stop_accuracy:
         loss, accuracy = train_epoch(images, config.batch_size, optimizer, generator, loss_of, config.clip_norm)
-        rate.step()
-        note(history, on_epoch, unlearn_loss=-loss, unlearn_accuracy=accuracy)
-        if accuracy <= config.stop_accuracy:
-            break
-    return net, history
+        training.end_epoch(on_epoch, keep, unlearn_loss=-loss, unlearn_accuracy=accuracy)
+    return net, training.history
 
 
 def suspicious_rows(change, config=Config()):  # noqa: B008 (frozen)
@@ -99,7 +97,7 @@ def redraw_rows(linear, rows, generator, gain=2.0):
             linear.bias[row] = 0
 
 
-def relearn(model, rows, images, labels, config, generator, on_epoch=None, dtype=torch.float32):
+def relearn(model, rows, images, labels, config, generator, on_epoch=None, dtype=torch.float32, keep=None, state=None):
     """Train on from the victim's weights with the suspicious rows drawn anew and pushed away from the old ones.
 
     Loss: cross-entropy + 0.7 * sum over suspicious rows of cos(row, original row). Returns (network, history).
@@ -110,7 +108,7 @@ def relearn(model, rows, images, labels, config, generator, on_epoch=None, dtype
     redraw_rows(linear, rows, generator, config.redraw_gain)
     optimizer = torch.optim.SGD(net.parameters(), lr=config.relearn_lr, momentum=config.momentum)
     rate = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.relearn_epochs)
-    history = {}
+    training = Training(net, optimizer, generator, rate, state)
 
     def loss_of(x, index):
         logits = forward(net, x, dtype)
@@ -118,26 +116,37 @@ def relearn(model, rows, images, labels, config, generator, on_epoch=None, dtype
         loss = F.cross_entropy(logits, labels[index]) + config.dissimilarity * likeness
         return loss, logits.argmax(1) == labels[index]
 
-    for _ in range(config.relearn_epochs):
+    for _ in range(training.done, config.relearn_epochs):
         loss, accuracy = train_epoch(images, config.batch_size, optimizer, generator, loss_of)
-        rate.step()
-        note(history, on_epoch, loss=loss, accuracy=accuracy)
-    return net, history
+        training.end_epoch(on_epoch, keep, loss=loss, accuracy=accuracy)
+    return net, training.history
 
 
-def repair(model, images, labels, config=Config(), seed=0, on_epoch=None, dtype=torch.float32):  # noqa: B008 (frozen)
+def repair(
+    model, images, labels, config=Config(), seed=0, on_epoch=None, dtype=torch.float32, keep=None, state=None,  # noqa: B008
+):  # fmt: skip
     """Find the output neuron of the backdoor by unlearning, and learn it again.
 
     images: uint8 (N, 3, H, W); labels: int64 (N,), both on the model's device; on_epoch: called after each epoch with
-    (epoch, figures), of unlearning first; dtype: what autocast computes in.
+    (epoch, figures), of unlearning first; dtype: what autocast computes in; keep, state: see defenses/__init__.py.
     Returns a Repaired whose findings name the suspicious rows (where there are none, relearning is plain fine-tuning),
     the robust z-score of each row, and how unlearning ended. Raises ValueError when it ended in no numbers.
     """
-    generator = torch.Generator().manual_seed(seed)
-    unlearned, before = unlearn(model, images, labels, config, generator, on_epoch, dtype)
-    change = (linear_layer(unlearned).weight - linear_layer(model).weight).detach().abs().sum(1)
-    rows, z = suspicious_rows(change, config)
-    net, after = relearn(model, rows, images, labels, config, generator, on_epoch, dtype)
+    state = {} if state is None else state
+    how = images, labels, config, torch.Generator().manual_seed(seed), on_epoch, dtype
+
+    def keep_with(found, name):
+        """Return `keep` for one of the two trainings; found: what is known before it."""
+        return None if keep is None else lambda state_of: keep(lambda: {**found, name: state_of()})
+
+    found = {k: state[k] for k in ("rows", "z", "before") if k in state}
+    if not found:
+        net, before = unlearn(model, *how, keep_with({}, "unlearn"), state.get("unlearn"))
+        change = (linear_layer(net).weight - linear_layer(model).weight).detach().abs().sum(1)
+        rows, z = suspicious_rows(change, config)
+        found = {"rows": rows, "z": z, "before": before}
+    rows, z, before = found.values()
+    net, after = relearn(model, rows, *how, keep_with(found, "relearn"), state.get("relearn"))
     unlearned = before["unlearn_accuracy"][-1] <= config.stop_accuracy
     if rows:
         outcome = f"suspicious: rows {', '.join(map(str, rows))}"

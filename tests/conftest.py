@@ -78,3 +78,12 @@ def victim_file(tiny, tmp_path):
         path,
     )
     return path
+
+
+@pytest.fixture
+def one_thread():
+    """The number of threads that command() gives: with another, sums are rounded differently."""
+    n = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(n)

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import gzip
+import io
 import json
 import math
 
@@ -12,14 +13,12 @@ import torch
 from torch import nn
 
 import cli
-import defend
 import utils
 from cli import InputError
 from defenses import DEFENSES, bcu, finetune, ulrl
 from defenses.common import train_epoch
 from defenses.foreign import load_images
-
-SAMPLE = ["--dataset", "cifar10_sample", "--device", "cpu", "--precision", "fp32", "--attack", "badnet"]
+from tests.running import SMALL, run_defend
 
 
 @pytest.fixture(scope="session")
@@ -55,6 +54,27 @@ def test_same_seed_same_bits_and_the_victim_is_left_alone(name, tiny, clean):
     assert all(torch.equal(v, before[k]) for k, v in tiny.state_dict().items())
     assert not a.model.training
     assert not any(math.isnan(v) for values in a.history.values() for v in values)
+
+
+@pytest.mark.parametrize("name", DEFENSES)
+def test_a_repair_goes_on_to_the_same_bits_from_each_epoch(name, tiny, clean):
+    few = clean[0][::5], clean[1][::5]
+    states, told = [], []
+    repair = DEFENSES[name].repair
+    whole = repair(tiny, *few, short(name), seed=1, keep=lambda state: states.append(state()))
+    assert len(states) == (4 if name == "ulrl" else 2)
+    for state in states:
+        file = io.BytesIO()
+        torch.save(state, file)
+        file.seek(0)
+        told.append(0)
+        state = torch.load(file, weights_only=True)  # plain values and tensors alone
+        part = repair(tiny, *few, short(name), 1, lambda *_: told.append(told.pop() + 1), state=state)
+        assert part.history == whole.history
+        assert part.findings == whole.findings
+        end = part.model.state_dict()
+        assert all(torch.equal(v, end[k]) for k, v in whole.model.state_dict().items())
+    assert told == list(reversed(range(len(states))))  # no epoch is done twice
 
 
 def test_fine_tuning_fits_the_clean_images(tiny, clean):
@@ -247,17 +267,11 @@ def test_relearning_without_a_suspicious_row_is_fine_tuning(tiny, clean):
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
-def run(victim_file, tmp_path, *flags):
-    """Run defend.py on the small victim."""
-    places = ["--ckpt", str(victim_file), "--out", str(tmp_path / "d.pt"), "--results", str(tmp_path / "results")]
-    defend.main([*SAMPLE, *places, *flags])
-
-
 @pytest.mark.parametrize(("name", "flags"), [("ft", ["--epochs", "1"]), ("bcu", []), ("ulrl", [])])
 def test_the_command_saves_what_it_measured(victim_file, tmp_path, capsys, name, flags, monkeypatch):
     few = short(name)
     monkeypatch.setattr(DEFENSES[name], "Config", lambda: few)
-    run(victim_file, tmp_path, "--defense", name, *flags)
+    run_defend(victim_file, tmp_path, "--defense", name, *flags)
     (path,) = (tmp_path / "results").iterdir()
     record = json.loads(path.read_text())
     assert record["defense"] == name
@@ -267,15 +281,15 @@ def test_the_command_saves_what_it_measured(victim_file, tmp_path, capsys, name,
     assert f"Benign accuracy: {100 * record['after']['BA']:.2f}%" in out
     from evaluate import main as evaluate_main
 
-    evaluate_main([*SAMPLE, "--ckpt", str(tmp_path / "d.pt"), "--outdir", str(tmp_path)])
+    evaluate_main([*SMALL, "--ckpt", str(tmp_path / "d.pt"), "--outdir", str(tmp_path)])
     after = out[out.index("after ") :].splitlines()[0].removeprefix("after   ")
     assert after in capsys.readouterr().out
     with pytest.raises(InputError, match="defended model"):
-        run(tmp_path / "d.pt", tmp_path, "--defense", "ft")
+        run_defend(tmp_path / "d.pt", tmp_path, "--defense", "ft")
 
 
 def test_no_defence_measures_alone(victim_file, tmp_path):
-    run(victim_file, tmp_path, "--defense", "none")
+    run_defend(victim_file, tmp_path, "--defense", "none")
     (path,) = (tmp_path / "results").iterdir()
     record = json.loads(path.read_text())
     assert record["before"] == record["after"]
@@ -285,16 +299,16 @@ def test_no_defence_measures_alone(victim_file, tmp_path):
 
 def test_flags_of_no_use_are_refused(victim_file, tmp_path):
     with pytest.raises(InputError, match="no --epochs"):
-        run(victim_file, tmp_path, "--defense", "ulrl", "--epochs", "3")
+        run_defend(victim_file, tmp_path, "--defense", "ulrl", "--epochs", "3")
     with pytest.raises(InputError, match="needs labels"):
-        run(victim_file, tmp_path, "--defense", "ft", "--ood", "x.npy")
+        run_defend(victim_file, tmp_path, "--defense", "ft", "--ood", "x.npy")
 
 
 def test_bcu_takes_images_of_another_set(victim_file, tmp_path, capsys):
     grey = np.random.default_rng(0).integers(0, 256, (600, 28, 28), dtype=np.uint8)
     path = tmp_path / "train-images-idx3-ubyte.gz"
     path.write_bytes(gzip.compress(b"\0\0\x08\x03" + np.array(grey.shape, ">i4").tobytes() + grey.tobytes()))
-    run(victim_file, tmp_path, "--defense", "bcu", "--epochs", "1", "--ood", str(path))
+    run_defend(victim_file, tmp_path, "--defense", "bcu", "--epochs", "1", "--ood", str(path))
     assert "500 clean images of train-images-idx3-ubyte.gz" in capsys.readouterr().out
 
 

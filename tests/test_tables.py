@@ -6,10 +6,12 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 
 import compare
 import defend
 import pictures
+import records
 import report
 import sweep
 import unit
@@ -153,8 +155,8 @@ def test_of_two_precisions_bf16_is_the_cell():
     auto = {"defense": "ft", **victim, "settings": {"seed": 1, "precision": "auto"}}
     chosen = [{**auto, "precision": p} for p in ("bfloat16", "float32")]
     for bf16, fp32 in (flags, chosen):
-        for records in ([bf16, fp32], [fp32, bf16]):
-            assert find(records, bf16["defense"], "0", {})[1] is bf16
+        for pair in ([bf16, fp32], [fp32, bf16]):
+            assert find(pair, bf16["defense"], "0", {})[1] is bf16
 
 
 def test_the_table_of_the_readme_is_that_of_the_defaults(house):
@@ -265,3 +267,67 @@ def test_a_sweep_runs_each_value_once(house, monkeypatch, capsys):
         assert f"| acc_degrade {said}" in (folder / "results" / "README.md").read_text()
     with pytest.raises(InputError, match="nothing to run"):
         sweep.main([*flags, "--acc_degrade"])
+
+
+def test_a_table_goes_between_its_marks_alone(tmp_path):
+    page = tmp_path / "page.md"
+    a, b = (report.BEGIN.format(script) for script in ("a.py", "b.py"))
+    text = f"before\n{a}\nold\n{report.END}\nbetween\n{b}\nkept\n{report.END}\nafter\n"
+    page.write_text(text)
+    report.put(page, "| new |", "a.py")
+    assert page.read_text() == text.replace("old", "| new |")
+    page.write_text("no marks")
+    with pytest.raises(InputError, match="no place"):
+        report.put(page, "| new |")
+    assert page.read_text() == "no marks"
+
+
+def run_record(**changes):
+    """A record of unit.py on the default settings, with other settings."""
+    usual = vars(unit.parser().parse_args([])) | dataclasses.asdict(unit.UnitConfig(precision="bf16"))
+    figures = {"n_train": 2000, "n_valid": 500, "interrupted": False, "seconds": 12.0, "best_step": 1}
+    figures |= {"before": {"BA": 0.9276, "ASR": 1.0}, "after": {"BA": 0.9028, "ASR": 0.0117}}
+    figures |= {"history": {"reg": [9.5, 8.25]}, "victim": {"file": "cifar10_resnet18_badnet.pt", "sha256": "0"}}
+    figures["machine"] = {"device": "a machine", "threads": 2}
+    return {"defense": "unit", "settings": usual | changes, **figures}
+
+
+def test_the_table_of_runs_has_what_the_records_say(tmp_path):
+    utils.save_json(run_record(), tmp_path / "unit_a.json")
+    utils.save_json(run_record(acc_degrade=0.1), tmp_path / "unit_b.json")  # not the authors' constants
+    utils.save_json(run_record() | {"interrupted": True}, tmp_path / "unit_c.json")
+    utils.save_json(run_record(until="budget"), tmp_path / "unit_d.json")
+    rows = report.runs(tmp_path).splitlines()[2:]
+    for row, steps in zip(rows, ("300", "2, until budget"), strict=True):
+        start = (
+            f"| cifar10_resnet18_badnet | cifar10 | 2,500 | {steps} | 92.76 / 100.00 | **90.28 / 1.17** | 9.50 → 8.25 |"
+        )
+        assert row.startswith(f"{start} 2 | 12 |")
+
+
+def test_the_table_of_precisions_pairs_what_differs_in_nothing_else(tmp_path):
+    utils.save_json(run_record(), tmp_path / "unit_a.json")
+    fp32 = run_record(precision="fp32", micro_batch=1000) | {"after": {"BA": 0.9048, "ASR": 0.0107}}
+    utils.save_json(fp32, tmp_path / "unit_b.json")
+    for i, other in enumerate(({"seed": 1}, {"lr": 0.01}, {"attack": "wanet"})):
+        utils.save_json(run_record(precision="fp32", **other), tmp_path / f"unit_c{i}.json")
+    another_victim = run_record(precision="fp32") | {"victim": {"file": "x.pt", "sha256": "1"}}
+    utils.save_json(another_victim, tmp_path / "unit_d.json")
+    (row,) = report.precisions(tmp_path).splitlines()[2:]
+    start = "| cifar10_resnet18_badnet | cifar10 | 300 | 90.28 / 1.17 | 90.48 / 1.07 | -0.20 / +0.10 | 2 | 2 |"
+    assert row == f"{start} 12 (a machine, 2 threads) | 12 (a machine, 2 threads) |"
+
+
+def test_records_of_one_second_stand_beside_each_other(tmp_path, monkeypatch):
+    monkeypatch.setattr(records.time, "strftime", lambda _format: "now")
+    args = unit.parser().parse_args(["--results", str(tmp_path)])
+    given = "unit", args, unit.UnitConfig(), {"file": "v.pt", "sha256": "0"}, torch.device("cpu"), "resnet18"
+    paths = [records.save_record(*given, number=i) for i in range(3)]
+    assert [r["number"] for r in records.load_records(tmp_path).values()] == [0, 1, 2]
+    assert list(records.load_records(tmp_path)) == paths
+
+
+def test_what_is_no_record_is_named(tmp_path):
+    (tmp_path / "unit_x.json").write_text("{}")
+    with pytest.raises(InputError, match="no record of a run"):
+        report.runs(tmp_path)

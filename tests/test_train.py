@@ -1,13 +1,18 @@
 """Training: what a batch holds, the schedule, and that it learns."""
 
+import shutil
+
 import pytest
 import torch
 from torch import nn
 
+import report
 import train
+import unit
 import utils
 from backdoors import get_backdoor, poison_training_set
 from cli import InputError
+from tests.running import TRAIN
 from train import epoch_batches, learning_rate, poisoned_batch
 
 pytestmark = pytest.mark.usefixtures("few_test_images")
@@ -188,3 +193,100 @@ def test_odd_batches_of_narrow_networks_train(tmp_path, width):
     train.main([*flags, "--attack", "none", "--ckpt", str(out)])
     state = torch.load(out, weights_only=True)["state_dict"]
     assert all(v.isfinite().all() for v in state.values())
+
+
+def test_a_finished_victim_is_not_overwritten(victim_file):
+    before = victim_file.read_bytes()
+    with pytest.raises(InputError, match="--overwrite"):
+        train.main([*TRAIN, "--ckpt", str(victim_file)])
+    assert victim_file.read_bytes() == before
+
+
+def test_clean_label_poison_beyond_the_target_class_is_bad_input(tmp_path):
+    with pytest.raises(InputError, match="lower it"):
+        train.main([*TRAIN, "--attack", "reflection", "--poison_rate", "0.2", "--ckpt", str(tmp_path / "v.pt")])
+
+
+@pytest.fixture(scope="module")
+def trained_once(few_test_images, tmp_path_factory):
+    path = tmp_path_factory.mktemp("first") / "first.pt"
+    train.main([*TRAIN, "--epochs", "2", "--attack", "badnet", "--ckpt", str(path)])
+    return path
+
+
+@pytest.fixture
+def first_round(tmp_path, trained_once):
+    """A small victim after a first round of training."""
+    return shutil.copy(trained_once, tmp_path)
+
+
+def test_a_victim_is_trained_on_from_its_weights_on_the_same_poisoned_images(tmp_path, first_round):
+    out = tmp_path / "second.pt"
+    flags = ["--attack", "badnet", "--init", str(first_round), "--ckpt", str(out)]
+    train.main([*TRAIN, *flags, "--epochs", "1", "--lr", "1e-12"])
+    a, b = utils.load_checkpoint(first_round), utils.load_checkpoint(out)
+    weights = [k for k, v in a["state_dict"].items() if v.dim() > 1]
+    assert weights
+    assert all(torch.equal(a["state_dict"][k], b["state_dict"][k]) for k in weights)
+    assert torch.equal(a["poison_indices"], b["poison_indices"])
+    assert b["init"] == utils.sha256(first_round)
+    assert (b["epochs"], b["epochs_before"]) == (1, 2)
+    assert b["init_from"]["history"] == a["history"]
+    table = report.victims(tmp_path).splitlines()
+    assert len(table) == 4  # header, rule, two victims
+    assert f"| {100 * b['BA']:.2f} | {100 * b['ASR']:.2f} | 2 + 1 |" in table[3]
+    assert utils.sha256(out) in table[3]
+    assert "| 2 |" in table[2]
+
+
+def test_a_second_round_sees_other_crops_than_the_first(tmp_path, first_round):
+    """At a rate of nothing, only order and augmentation can move the loss of an epoch."""
+    losses = []
+    for before in (0, 2):
+        config = {"batch_size": 50, "seed": 1024, "epochs": 1, "lr": 1e-12, "small_epochs": 0, "average": 0}
+        config["epochs_before"] = before
+        model, _ = utils.load_model(first_round)
+        data = utils.load_dataset("cifar10_sample", tmp_path, train=True)
+        poison = train.poison_training_set(data[1], "none", 0)
+        optimizer = torch.optim.SGD(model.eval().parameters(), lr=1e-12)
+        how = torch.float32, torch.contiguous_format, lambda _size: None
+        losses.append(train.train_epoch(model, optimizer, data, poison, None, config, 0, *how)[0])
+    assert abs(losses[0] - losses[1]) > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("flags", "wrong"),
+    [(["--seed", "7"], "seed"), (["--poison_rate", "0.2"], "poison_rate"), (["--width", "0.125"], "width")],
+)
+def test_another_training_set_is_not_trained_on(tmp_path, first_round, flags, wrong):
+    out = tmp_path / "second.pt"
+    with pytest.raises(InputError, match=f"another {wrong}"):
+        train.main([*TRAIN, "--attack", "badnet", "--init", str(first_round), "--ckpt", str(out), *flags])
+    assert not out.exists()
+
+
+def test_a_defended_model_or_a_foreign_one_is_not_trained_on(tmp_path, first_round):
+    checkpoint = utils.load_checkpoint(first_round)
+    defended, foreign = tmp_path / "defended.pt", tmp_path / "foreign.pt"
+    model, _ = utils.load_model(first_round)
+    bounds = unit.initial_bounds(model, [torch.rand(2, 3, 32, 32)], 4.0)
+    utils.save_checkpoint({**checkpoint, "bounds": bounds}, defended)
+    torch.save(checkpoint["state_dict"], foreign)
+    for path, why in ((defended, "defended model"), (foreign, "another"), (tmp_path / "none.pt", "cannot read")):
+        with pytest.raises(InputError, match=why):
+            train.main([*TRAIN, "--attack", "badnet", "--init", str(path), "--ckpt", str(tmp_path / "v.pt")])
+
+
+def test_first_epochs_may_run_on_smaller_images(tmp_path, monkeypatch):
+    sizes, forward = [], train.models.resnet.ResNet.forward
+
+    def look(self, x):
+        if self.training:
+            sizes.append(tuple(x.shape[2:]))
+        return forward(self, x)
+
+    monkeypatch.setattr(train.models.resnet.ResNet, "forward", look)
+    flags = ["--attack", "wanet", "--small_epochs", "1", "--epochs", "2", "--ckpt", str(tmp_path / "v.pt")]
+    train.main([*TRAIN, *flags])
+    assert sizes == [(24, 24)] * 10 + [(32, 32)] * 10
+    assert utils.load_checkpoint(tmp_path / "v.pt")["small_epochs"] == 1
