@@ -79,13 +79,14 @@ def main(argv=None):
         tag, name = f"{tag}, drawn at {args.draw}", f"{name}_{args.draw}"
     if args.target != parser().get_default("target"):
         tag, name = f"{tag}, target {args.target}", f"{name}_target{args.target}"
-    rows = []
+    rows, before = [], None
     with tempfile.TemporaryDirectory() as folder:
         for flag in DEFAULTS:
             for value in getattr(args, flag):
                 runs = [cell(args, victim, flag, value, seed, Path(folder)) for seed in args.seeds]
                 if None in runs:
                     raise InputError(f"{args.results} has no record of the run just made; is it the right folder?")
+                before = before or runs[0]["before"]
                 mean = {k: sum(r["after"][k] or 0 for r in runs) / len(runs) for k in ("BA", "ASR")}
                 mean["ASR"] = None if runs[0]["after"]["ASR"] is None else mean["ASR"]
                 regs = [r["history"]["reg"][r["best_step"]] for r in runs]
@@ -94,7 +95,6 @@ def main(argv=None):
                     {"flag": flag, "value": value, "images": images, "R": sum(regs) / len(regs), "n": len(runs)}
                     | {"met": all(r["found_good"] for r in runs)} | mean
                 )  # fmt: skip
-    before = runs[0]["before"]
     page = Path(args.results) / "README.md"
     lines = [
         [
