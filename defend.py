@@ -95,7 +95,8 @@ def repair(args, model, config, dtype, device, partial, keep):
     source = f" of {Path(args.ood).name}" if args.ood else ""
     print(f"{args.defense}: {len(images):,} clean images{source}, labels{'' if config.uses_labels else ' not'} used")
     start = time.perf_counter()
-    with tqdm(unit="epoch", initial=partial["step"]) as progress:
+    total = getattr(config, "epochs", None)  # ulrl ends when it has unlearned enough
+    with tqdm(total=total, unit="epoch", initial=partial["step"]) as progress:
 
         def on_epoch(epoch, now):
             progress.update()
