@@ -86,8 +86,10 @@ def run_cell(args, defense, attack, victim, seed):
     with tempfile.TemporaryDirectory() as folder:
         if script[0] == "unit.py":
             command += ["--outdir", folder]
-        if len(args.seeds) > 1:  # else the defended model stays in ckpt/
-            command += ["--out", str(Path(folder) / "defended.pt")]
+        # of several seeds none stays in ckpt/; what a cell that was cut off goes on from lies beside it
+        out = utils.CKPT / f"{victim.stem}_{defense}_seed{seed}.pt" if len(args.seeds) > 1 else None
+        if out:
+            command += ["--out", str(out)]
         said = b""
         with subprocess.Popen(command, stderr=subprocess.PIPE) as process:
             try:
@@ -98,6 +100,8 @@ def run_cell(args, defense, attack, victim, seed):
             except KeyboardInterrupt:  # the cell got it too, and saves what it has
                 process.wait()
                 raise
+    if out:
+        out.unlink(missing_ok=True)
     if process.returncode == 0:
         return None
     if process.returncode < 0:

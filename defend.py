@@ -2,7 +2,7 @@
 
     python defend.py --defense bcu --attack badnet
 
-A run that was cut off goes on, from a minute or an epoch before at most, when the same command is given again.
+A run that was cut off goes on, from a minute and an epoch before at most, when the same command is given again.
 ft: fine-tuning; bcu: Backdoor Cleansing with Unlabeled Data (CVPR 2023); ulrl: UnLearn and ReLearn (2024); none:
 nothing is changed, the victim is measured. Each runs at its published constants. The methods are in defenses/.
 """
@@ -86,12 +86,19 @@ def clean_data(args, config, device):
     return images[chosen].to(device), labels[chosen].to(device) if config.uses_labels else None
 
 
-def repair(args, model, config, dtype, device, partial, keep):
-    """Run the method on `model`; return (Repaired, number of clean images, seconds, those before it was cut off too).
+def repair_settings(args, config, victim_sum, dtype, device):
+    """Return what the bits of a repair follow from, as plain values. Raises InputError where --ood cannot be read."""
+    settings = resuming.settings_of(args, config, victim_sum, device)
+    return settings | {"defense": args.defense, "precision": str(dtype), "ood": args.ood and utils.sha256(args.ood)}
 
-    partial: {"state", "step", "seconds", ...} to go on from; keep: see defenses/__init__.py.
+
+def repair(args, model, data, config, dtype, partial, keep):
+    """Run the method on `model`; return (Repaired, seconds, those before it was cut off too).
+
+    data: what clean_data() returns; partial: {"state", "step", "seconds", ...} to go on from; keep: see
+    defenses/__init__.py.
     """
-    images, labels = clean_data(args, config, device)
+    images, labels = data
     source = f" of {Path(args.ood).name}" if args.ood else ""
     print(f"{args.defense}: {len(images):,} clean images{source}, labels{'' if config.uses_labels else ' not'} used")
     start = time.perf_counter()
@@ -111,7 +118,7 @@ def repair(args, model, config, dtype, device, partial, keep):
     seconds = partial["seconds"] + time.perf_counter() - start
     for name, value in repaired.findings.items():
         print(f"{name}: {value}")
-    return repaired, len(images), seconds
+    return repaired, seconds
 
 
 @utils.repeatable()
@@ -133,22 +140,26 @@ def main(argv=None):
     for place in (out, Path(args.results) / "record.json"):
         utils.check_place(place)
     victim = {"file": path.name, "sha256": utils.sha256(path)}
+    partial = resuming.FRESH
+    if args.defense != "none":
+        settings = repair_settings(args, config, victim["sha256"], dtype, device)
+        kept_at = resuming.partial_path(out, settings)
+        partial = (resuming.load_partial(kept_at, settings) if args.resume else None) or partial
+        data = clean_data(args, config, device)
     test = tuple(t.to(device) for t in utils.load_dataset(args.dataset, args.datadir, train=False))
     before = evaluate(model, *test, backdoor, target, args.batch_size, dtype)
     print(f"before  {before}", flush=True)
     figures = {"data": 0, "labels": False, "seconds": 0.0, "before": before._asdict(), "after": before._asdict()}
 
-    peak = None
     if args.defense != "none":
-        settings = resuming.settings_of(args, config, victim["sha256"], device) | {"precision": str(dtype)}
-        settings["ood"] = args.ood and utils.sha256(args.ood)
-        kept_at = resuming.partial_path(out, settings)
-        partial = (resuming.load_partial(kept_at, settings) if args.resume else None) or resuming.FRESH
         if partial["step"]:
-            print(f"going on after epoch {partial['step']} ({kept_at})", flush=True)
+            print(f"going on after {partial['step']} epochs ({kept_at})", flush=True)
         keep = resuming.keeping(kept_at, settings, partial, device)
-        repaired, n, seconds = repair(args, model, config, dtype, device, partial, keep)
-        peak = partial["peak"]
+        try:
+            repaired, seconds = repair(args, model, data, config, dtype, partial, keep)
+        except InputError:  # it would be the same again
+            kept_at.unlink(missing_ok=True)
+            raise
         # measured as it is saved: with weights in half precision
         state = utils.half_weights(repaired.model.state_dict())
         repaired.model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in state.items()})
@@ -158,9 +169,12 @@ def main(argv=None):
         defence = {"name": args.defense, **asdict(config), "findings": repaired.findings}
         utils.save_checkpoint({**checkpoint, **after._asdict(), "state_dict": state, "defence": defence}, out)
         print(f"wrote {out}")
-        figures |= {"data": n, "labels": config.uses_labels, "seconds": seconds, "after": after._asdict()}
+        figures |= {"data": len(data[0]), "labels": config.uses_labels, "seconds": seconds, "after": after._asdict()}
         figures |= {"history": repaired.history, "findings": repaired.findings, "resumed_after": partial["step"]}
-    figures |= {"peak_GiB": resuming.peak_so_far(peak, device), "precision": str(dtype).removeprefix("torch.")}
+    figures |= {
+        "peak_GiB": resuming.peak_so_far(partial["peak"], device),
+        "precision": str(dtype).removeprefix("torch."),
+    }
     args.ood = args.ood and Path(args.ood).name  # the record names no place of this machine
     print(f"wrote {save_record(args.defense, args, config, victim, device, tag, **figures)}")
     if args.defense != "none":

@@ -11,7 +11,7 @@ import torch
 import utils
 from cli import InputError
 
-FRESH = {"state": None, "step": 0, "seconds": 0.0, "peak": None}  # what load_partial() would return of no run at all
+FRESH = {"state": None, "step": 0, "seconds": 0.0, "peak": None}  # what keeping() keeps, before there is anything
 KEEP_EVERY = 60  # seconds, after which keeping() saves again
 
 
@@ -27,7 +27,7 @@ def partial_path(out, settings=None):
 
 
 def settings_of(args, config, victim_sum, device):
-    """Return what the bits of a search or a repair follow from, as plain values.
+    """Return what the bits of a search follow from, as plain values; those of a repair from a little more.
 
     args: the command's flags; config: its constants, a dataclass; victim_sum: sha256 of the victim's file.
     """

@@ -41,8 +41,12 @@ from records import FREE, find, load_records
 DEFAULTS = {"acc_degrade": unit.UnitConfig().acc_degrade, "data_rate": 0.05}
 
 
-def cell(args, victim, flag, value, seed, folder):
-    """Return the record of one run, found or made; `folder` takes what else the run writes."""
+def cell(args, victim, flag, value, seed, out, folder):
+    """Return the record of one run, found or made.
+
+    out: where the defended model lies until it is measured, and beside it what a run that was cut off goes on from;
+    folder: takes what else the run writes.
+    """
     flags = ["--attack", args.attack, "--dataset", args.dataset, "--network", args.network]
     flags += ["--target", str(args.target), "--draw", args.draw]
     # left out where it is the default, so that the plain run is one of the cells
@@ -58,9 +62,10 @@ def cell(args, victim, flag, value, seed, folder):
 
     if look() is None:
         print(f"--- {flag} {value}, seed {seed}", flush=True)
-        places = {"ckpt": victim, "out": folder / "defended.pt", "outdir": folder, "results": args.results}
+        places = {"ckpt": victim, "out": out, "outdir": folder, "results": args.results}
         given = places | {k: getattr(args, k) for k in ("datadir", "batch_size", "device")} | {"seed": seed}
         unit.main(flags + [text for k, v in given.items() for text in (f"--{k}", str(v))])
+        out.unlink()
     return look()
 
 
@@ -83,7 +88,8 @@ def main(argv=None):
     with tempfile.TemporaryDirectory() as folder:
         for flag in DEFAULTS:
             for value in getattr(args, flag):
-                runs = [cell(args, victim, flag, value, seed, Path(folder)) for seed in args.seeds]
+                out = utils.CKPT / f"{name}.pt"
+                runs = [cell(args, victim, flag, value, seed, out, folder) for seed in args.seeds]
                 if None in runs:
                     raise InputError(f"{args.results} has no record of the run just made; is it the right folder?")
                 before = before or runs[0]["before"]

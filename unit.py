@@ -5,7 +5,7 @@
 
 Every neuron of a trained network gets an upper bound on its activation, as tight as a small loss of accuracy on the
 defence images allows; a trigger's outsized activations are clipped there. The weights never change.
-A run that was cut off goes on, from a minute before at most, when the same command is given again.
+A run that was cut off goes on, from a minute and a step before at most, when the same command is given again.
 """
 
 import argparse

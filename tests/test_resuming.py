@@ -1,4 +1,4 @@
-"""Runs that are cut off, by Ctrl-C or a kill, and go on: nothing is lost, and the bits are those of a whole run."""
+"""Runs that are cut off, by Ctrl-C or a kill, and go on: the bits are those of a whole run."""
 
 import json
 import re
@@ -8,6 +8,7 @@ import time
 import pytest
 import torch
 
+import defend
 import resuming
 import train
 import unit
@@ -17,6 +18,12 @@ from defenses import finetune
 from tests.running import SMALL, TRAIN, command, run_defend, run_unit
 
 pytestmark = pytest.mark.usefixtures("few_test_images")
+
+
+def make_old(partial):
+    """Have a part of a run say that it took a million seconds, and a thousand GiB."""
+    kept = torch.load(partial, weights_only=True)
+    utils.save_checkpoint({**kept, "seconds": 1e6, "peak": 1e3}, partial)
 
 
 def test_ctrl_c_saves_the_best_bounds_and_ends_in_130(victim_file, tmp_path):
@@ -74,6 +81,7 @@ def test_unit_resumes_after_a_kill_to_the_same_bits(victim_file, tmp_path, one_t
     process.kill()
     process.communicate()
     assert not (folders["cut"] / "d.pt").exists()
+    make_old(next(folders["cut"].glob("*.partial.pt")))
     capsys.readouterr()
     unit.main(argv["cut"])
     assert re.search(r"going on after step \d+ of 12", capsys.readouterr().out)
@@ -84,6 +92,8 @@ def test_unit_resumes_after_a_kill_to_the_same_bits(victim_file, tmp_path, one_t
     a, b = (json.loads(next((f / "r").iterdir()).read_text()) for f in folders.values())
     assert a["history"] == b["history"]
     assert a["resumed_after"] == 0 < b["resumed_after"] < 12
+    assert a["seconds"] < 1e6 < b["seconds"]
+    assert a["peak_GiB"] < b["peak_GiB"] == 1e3
 
 
 def test_train_resumes_after_a_kill_to_the_same_bits(tmp_path, one_thread, capsys):
@@ -182,10 +192,11 @@ def test_a_repair_goes_on_after_it_was_cut_off_to_the_same_bits(victim_file, tmp
     with pytest.raises(IndexError):
         run_defend(victim_file, tmp_path, *flags)
     (partial,) = tmp_path.glob("d.*.partial.pt")
+    make_old(partial)
     left[:] = [1]  # epoch
     capsys.readouterr()
     run_defend(victim_file, tmp_path, *flags)
-    assert "going on after epoch 2" in capsys.readouterr().out
+    assert "going on after 2 epochs" in capsys.readouterr().out
     assert not partial.exists()
     again = torch.load(tmp_path / "d.pt", weights_only=True)
     assert all(torch.equal(v, again["state_dict"][k]) for k, v in whole["state_dict"].items())
@@ -193,8 +204,44 @@ def test_a_repair_goes_on_after_it_was_cut_off_to_the_same_bits(victim_file, tmp
     records = [json.loads(p.read_text()) for p in sorted((tmp_path / "results").iterdir())]
     assert [r["resumed_after"] for r in records] == [0, 2]
     assert records[0]["history"] == records[1]["history"]
+    assert records[0]["seconds"] < 1e6 < records[1]["seconds"]
+    assert records[0]["peak_GiB"] < records[1]["peak_GiB"] == 1e3
     partial.write_bytes(b"damaged")
     with pytest.raises(InputError, match="--no-resume"):
         run_defend(victim_file, tmp_path, *flags)
+    left[:] = [1, 1]
+    with pytest.raises(IndexError):
+        run_defend(victim_file, tmp_path, *flags, "--no-resume")
+    assert torch.load(partial, weights_only=True)["step"] == 2
     left[:] = [1, 1, 1]
-    run_defend(victim_file, tmp_path, *flags, "--no-resume")
+    run_defend(victim_file, tmp_path, *flags, "--no-resume")  # and passes over what it could go on from
+    assert not left
+    assert not partial.exists()
+
+
+def test_a_repair_is_known_by_all_that_its_bits_follow_from(tmp_path):
+    def place(victim="0", dtype=torch.bfloat16, **flags):
+        args = defend.parser().parse_args([f"--{k}={v}" for k, v in ({"defense": "bcu"} | flags).items()])
+        settings = defend.repair_settings(args, defend.configure(args), victim, dtype, torch.device("cpu"))
+        return resuming.partial_path(tmp_path / "d.pt", settings)
+
+    for name in "ab":
+        (tmp_path / name).write_text(name)
+    flags = {"seed": 1, "data_rate": 0.1, "draw": "random", "dataset": "cifar10_sample", "epochs": 2, "defense": "ft"}
+    places = [place(), place(victim="1"), place(dtype=torch.float32), *(place(**{k: v}) for k, v in flags.items())]
+    places += [place(ood=tmp_path / name) for name in "ab"]
+    assert len(set(places)) == len(places) == 11
+
+
+def test_what_cannot_be_repaired_leaves_nothing_to_go_on_from(victim_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(resuming, "KEEP_EVERY", 0)
+
+    def astray(*args):
+        args[7](dict)
+        assert list(tmp_path.glob("d.*.partial.pt"))
+        raise ValueError("no numbers")
+
+    monkeypatch.setattr(finetune, "repair", astray)
+    with pytest.raises(InputError, match="no numbers"):
+        run_defend(victim_file, tmp_path, "--defense", "ft")
+    assert not list(tmp_path.glob("d.*.partial.pt"))

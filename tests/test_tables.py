@@ -85,6 +85,26 @@ def test_a_cell_that_fails_does_not_take_the_rest_with_it(house, capsys):
     assert "| cifar10_resnet18_badnet | ft |" in every_figure(folder)
 
 
+def test_of_several_seeds_each_cell_has_a_place_of_its_own_until_it_is_measured(tmp_path, monkeypatch):
+    """Always the same, so that a cell that was cut off goes on."""
+    places, popen = [], subprocess.Popen
+    monkeypatch.setattr(utils, "CKPT", tmp_path)
+
+    def fake(command, **kwargs):
+        places.append(Path(command[command.index("--out") + 1]))
+        return popen(["touch", places[-1]], **kwargs)
+
+    monkeypatch.setattr(compare.subprocess, "Popen", fake)
+    args = compare.parser().parse_args([*SAMPLE, "--results", str(tmp_path), "--seeds", "7", "8"])
+    cells = [(defense, seed) for defense in compare.COLUMNS for seed in args.seeds]
+    for defense, seed in cells * 2:
+        assert compare.run_cell(args, defense, "wanet", tmp_path / "cifar10_resnet18_wanet.pt", seed) is None
+        assert not list(tmp_path.iterdir())
+    assert len(set(places)) == len(cells)
+    assert places[: len(cells)] == places[len(cells) :]
+    assert {place.parent for place in places} == {tmp_path}
+
+
 @pytest.mark.parametrize(
     ("status", "said"), [(0, None), (2, "exit status 2: the last line"), (-9, "killed by signal 9")]
 )
@@ -254,6 +274,7 @@ def test_a_sweep_runs_each_value_once(house, monkeypatch, capsys):
     for _ in range(2):
         sweep.main([*flags, "--acc_degrade", "0.01", "0.03", "--data_rate", "0.5"])
     assert seen == [(0.01, 500), (0.03, 500), (0.03, 250)]
+    assert [path.name for path in utils.CKPT.iterdir()] == ["cifar10_resnet18_badnet.pt"]
     page = (folder / "results" / "README.md").read_text()
     assert page.count("| acc_degrade |") == 2
     assert "| data_rate | 0.5 | 250 |" in page
