@@ -84,11 +84,11 @@ def main(argv=None):
         tag, name = f"{tag}, drawn at {args.draw}", f"{name}_{args.draw}"
     if args.target != parser().get_default("target"):
         tag, name = f"{tag}, target {args.target}", f"{name}_target{args.target}"
+    out = utils.CKPT / f"{name}.pt"
     rows, before = [], None
     with tempfile.TemporaryDirectory() as folder:
         for flag in DEFAULTS:
             for value in getattr(args, flag):
-                out = utils.CKPT / f"{name}.pt"
                 runs = [cell(args, victim, flag, value, seed, out, folder) for seed in args.seeds]
                 if None in runs:
                     raise InputError(f"{args.results} has no record of the run just made; is it the right folder?")
