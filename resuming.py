@@ -56,7 +56,7 @@ def load_partial(path, config):
 
 
 def keeping(path, settings, before, device):
-    """Return what tighten() and repair() take as `keep`: it saves their state at `path` when the last time is long ago.
+    """Return what tighten() and repair() take as `keep`: it saves their state at `path`, if the last time is long ago.
 
     settings: plain values that load_partial() compares; before: what it returned of the run's first part.
     A disk that refuses costs the run nothing.
@@ -64,11 +64,11 @@ def keeping(path, settings, before, device):
     start = last = time.perf_counter()
     done = before["step"]
 
-    def keep(state):
+    def keep(state, at_once=False):
         nonlocal last, done
         done += 1
         now = time.perf_counter()
-        if now - last < KEEP_EVERY:
+        if now - last < KEEP_EVERY and not at_once:
             return
         so_far = {"state": state(), "step": done, "seconds": before["seconds"] + now - start}
         so_far["peak"] = peak_so_far(before["peak"], device)

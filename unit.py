@@ -35,6 +35,10 @@ def parser():
     )
     p.add_argument("--precision", default="auto", choices=("auto", "bf16", "fp32"), help="auto: bf16 where it is fast")
     p.add_argument("--compile", default="auto", choices=("auto", "on", "off"), help="the clips; auto: where it pays")
+    p.add_argument(
+        "--max_minutes", type=bounded(float, 0, low_open=True),
+        help="end the search then, with the best bounds so far; given again, the command goes on",
+    )  # fmt: skip
     p.add_argument("--resume", default=True, action=argparse.BooleanOptionalAction, help="go on after a cut-off run")
     p.add_argument("--ckpt", help="victim to defend (default: the one of --network and --attack)")
     p.add_argument("--out", help="where to save (default: ckpt/{dataset}_{network}_{attack}_unit[_budget].pt)")
@@ -102,7 +106,8 @@ class UnitResult:
     bounds: {site: (C, H, W)}, all >= 0, as they were when `best_step` was measured; best_step: the good step of the
     smallest R, or the last step when none was good; history: lists with one value per step done: `alpha`, `ce` and
     `reg` (R) before its update, `valid_acc` after it; bound_mean: {site: mean bound after each step}; initial_acc:
-    accuracy of the unclipped network on the validation images; interrupted: whether Ctrl-C ended it early.
+    accuracy of the unclipped network on the validation images; interrupted: "Ctrl-C" or "time" where that ended it
+    before its last step.
     """
 
     bounds: dict
@@ -111,7 +116,7 @@ class UnitResult:
     bound_mean: dict
     initial_acc: float
     found_good: bool
-    interrupted: bool = False
+    interrupted: str = ""
 
 
 @dataclass
@@ -248,13 +253,15 @@ class Search:
 @utils.repeatable()
 def tighten(
     model, x_train, y_train, x_valid, y_valid, config=UnitConfig(), on_step=None, keep=None, state=None,  # noqa: B008
+    time_limit=None,
 ):  # fmt: skip
     """Learn a tight upper bound for every neuron's activation; the model itself is left as it is.
 
     model: a network of this repo; images uint8 (N, 3, H, W) or float in [0, 1], labels int64 (N,), on any device.
     on_step: called after each step with (step, {"alpha", "ce", "reg", "valid_acc"}).
-    keep: called after each step with a function that returns the search's state; a search given that as `state`, and
-    all else as before, goes on from there to the same bits.
+    keep: called after each step with a function that returns the search's state, and with whether it was the last step
+    for want of time; a search given that state as `state`, and all else as before, goes on from there to the same bits.
+    time_limit: seconds after which the search ends, after a whole step, with what it found.
     Raises ValueError when the network has bounds already, no activation module that could be clipped, or one that a
     forward pass does not run just once, and for a config.until that is neither "steps" nor "budget". What is no
     nn.ReLU module, F.relu or a GELU, gets no bound.
@@ -268,6 +275,7 @@ def tighten(
         raise ValueError("the network has no nn.ReLU module to clip; give each activation a module of its own")
     if config.until not in ("steps", "budget"):
         raise ValueError(f"until is {config.until!r}, neither 'steps' nor 'budget'")
+    started = time.perf_counter()
     device = next(model.parameters()).device
     net = frozen_copy(model, utils.get_dtype(config.precision, device))
     n_train = len(y_train)
@@ -283,7 +291,7 @@ def tighten(
     bounds = [site.bound for site in sites.values()]
     schedule = (AlphaSchedule if config.until == "steps" else BudgetSchedule)(config)
     optimizer = torch.optim.Adam(bounds, lr=schedule.speed * config.lr, betas=config.betas, eps=config.eps)
-    search, interrupted = Search(sites, optimizer, schedule), False
+    search, interrupted = Search(sites, optimizer, schedule), ""
     if state is not None:
         search.go_on(state)
 
@@ -316,12 +324,18 @@ def tighten(
                 on_step(step, now)
             if config.until == "budget" and not good:
                 schedule.mend(optimizer, sites, search.best[2])
+            if time_limit is not None and not schedule.over and step + 1 < config.max_steps:
+                late = torch.tensor(time.perf_counter() - started >= time_limit, dtype=torch.float32, device=device)
+                utils.sum_over_ranks([late])  # the processes end after the same step
+                interrupted = "time" if late else ""
             if keep is not None:
-                keep(search.state)
+                keep(search.state, bool(interrupted))
+            if interrupted:
+                break
     except KeyboardInterrupt:
         if search.measured is None:
             raise
-        interrupted = True
+        interrupted = "Ctrl-C"
     return search.result(initial_acc, interrupted)
 
 
@@ -450,10 +464,10 @@ def _batches(x, y, size, device):
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
-def run_search(model, data, config, partial, keep):
+def run_search(model, data, config, partial, keep, time_limit):
     """Run tighten() under a progress bar; return its result and its seconds, those before it was cut off too.
 
-    data: what defence_data() returns; partial: {"state", "step", "seconds", ...} to go on from; keep: see tighten().
+    data: what defence_data() returns; partial: {"state", "step", "seconds", ...} to go on from; else see tighten().
     """
     start = time.perf_counter()
     with tqdm(total=config.max_steps, initial=partial["step"], unit="step") as progress:
@@ -461,7 +475,7 @@ def run_search(model, data, config, partial, keep):
         def on_step(step, now):
             report(step, now, config.max_steps, progress)
 
-        result = tighten(model, *data, config, on_step, keep=keep, state=partial["state"])
+        result = tighten(model, *data, config, on_step, keep=keep, state=partial["state"], time_limit=time_limit)
     return result, partial["seconds"] + time.perf_counter() - start
 
 
@@ -545,8 +559,9 @@ def main(argv=None):
     settings = resuming.settings_of(args, config, victim["sha256"], device)
     kept_at = resuming.partial_path(out, settings)
     partial = (resuming.load_partial(kept_at, settings) if args.resume else None) or resuming.FRESH
+    time_limit = 60 * args.max_minutes if args.max_minutes else None
     if not first:
-        tighten(model, *data, config, state=partial["state"])
+        tighten(model, *data, config, state=partial["state"], time_limit=time_limit)
         return
     picture = Path(args.outdir) / f"{name}_{args.attack}.png"
     if out.resolve() == path.resolve():
@@ -559,9 +574,12 @@ def main(argv=None):
     print(f"before  {before}", flush=True)
     if partial["step"]:
         print(f"going on after step {partial['step']} of {config.max_steps} ({kept_at})", flush=True)
-    result, seconds = run_search(model, data, config, partial, resuming.keeping(kept_at, settings, partial, device))
+    keep = resuming.keeping(kept_at, settings, partial, device)
+    result, seconds = run_search(model, data, config, partial, keep, time_limit)
+    done = len(result.history["ce"])
     if result.interrupted:
-        print(f"interrupted after {len(result.history['ce'])} steps: keeping the best bounds so far")
+        why = {"Ctrl-C": "interrupted", "time": "out of time"}[result.interrupted]
+        print(f"{why} after {done} of {config.max_steps} steps: keeping the best bounds so far")
     if not result.found_good:
         print("note: no step kept the validation accuracy within acc_degrade; the last step's bounds are taken")
     models.set_bounds(model, result.bounds)
@@ -574,7 +592,6 @@ def main(argv=None):
     after = measure(model)
     peak = resuming.peak_so_far(partial["peak"], device)
     memory = "" if peak is None else f", {peak:.2f} GiB of memory at most"
-    done = len(result.history["ce"])
     print(f"after   {after}\nstep {result.best_step + 1} chosen, {seconds:.1f} s for {done} steps{memory}")
 
     save_defended(model, checkpoint, result, config, known | after._asdict(), out)
@@ -584,9 +601,12 @@ def main(argv=None):
     figures |= {k: v for k, v in vars(result).items() if k != "bounds"}
     record = save_record("unit", args, config, victim, device, tag, **figures)
     print(f"wrote {out}, {picture}, {record}")
-    if result.interrupted:
+    if result.interrupted == "Ctrl-C":
         raise KeyboardInterrupt
-    kept_at.unlink(missing_ok=True)
+    if result.interrupted:
+        print("the same command goes on from there")
+    else:
+        kept_at.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

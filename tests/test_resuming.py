@@ -96,6 +96,25 @@ def test_unit_resumes_after_a_kill_to_the_same_bits(victim_file, tmp_path, one_t
     assert a["peak_GiB"] < b["peak_GiB"] == 1e3
 
 
+def test_a_run_out_of_time_saves_the_best_bounds_and_goes_on_to_the_same_bits(victim_file, tmp_path, capsys):
+    flags = ["--data_rate", "0.2", "--n_steps", "3"]
+    run_unit(victim_file, tmp_path, *flags)
+    whole = utils.load_checkpoint(tmp_path / "d.pt")["bounds"]
+    for done in (1, 2, 3):  # whatever the time, a step is done
+        capsys.readouterr()
+        run_unit(victim_file, tmp_path, *flags, "--max_minutes", "1e-9")
+        out = capsys.readouterr().out
+        assert (f"out of time after {done} of 3 steps" in out) == (done < 3)
+        assert (f"going on after step {done - 1} of 3" in out) == (done > 1)
+        kept = utils.load_checkpoint(tmp_path / "d.pt")
+        assert kept["BA"] is not None
+        assert len(list(tmp_path.glob("d.*.partial.pt"))) == (done < 3)
+    assert all(torch.equal(kept["bounds"][k], whole[k]) for k in whole)
+    records = [json.loads(p.read_text()) for p in sorted((tmp_path / "results").iterdir())]
+    assert [r["interrupted"] for r in records] == ["", "time", "time", ""]
+    assert [len(r["history"]["ce"]) for r in records] == [3, 1, 2, 3]
+
+
 def test_train_resumes_after_a_kill_to_the_same_bits(tmp_path, one_thread, capsys):
     whole, cut = tmp_path / "whole.pt", tmp_path / "cut.pt"
     train.main([*TRAIN, "--attack", "badnet", "--ckpt", str(whole)])

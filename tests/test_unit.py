@@ -14,6 +14,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import models
 import unit
+import utils
 from unit import AlphaSchedule, BudgetSchedule, UnitConfig, fuse_clips, tighten
 
 
@@ -333,7 +334,7 @@ def test_a_search_goes_on_to_the_same_bits_from_each_step(tiny, defence, golden,
     config = tiny_config(golden, n_steps=9, until=until, lr=lr, acc_degrade=0.1)
     states = []
 
-    def keep(state):
+    def keep(state, _last):
         states.append(state())
 
     whole = tighten(tiny, *data, config, keep=keep)
@@ -347,6 +348,19 @@ def test_a_search_goes_on_to_the_same_bits_from_each_step(tiny, defence, golden,
         assert (result.history, result.bound_mean) == (whole.history, whole.bound_mean)
         assert (result.best_step, result.found_good) == (whole.best_step, whole.found_good)
         assert all(torch.equal(result.bounds[k], whole.bounds[k]) for k in whole.bounds)
+
+
+def test_where_one_process_is_out_of_time_all_end_after_the_same_step(tiny, defence, golden, monkeypatch):
+    few, kept = [t[:20] for t in defence], []
+
+    def from_another(tensors):
+        if all(t.dim() == 0 for t in tensors) and len(kept) == 1:
+            tensors[0] += 1
+
+    monkeypatch.setattr(utils, "sum_over_ranks", from_another)
+    config = tiny_config(golden, n_steps=9)
+    result = tighten(tiny, *few, config, keep=lambda _, last: kept.append(last), time_limit=1e6)
+    assert (result.interrupted, len(result.history["ce"]), kept) == ("time", 2, [False, True])
 
 
 def test_uint8_images_are_taken_too(tiny, defence, golden):
