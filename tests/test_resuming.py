@@ -153,6 +153,7 @@ def test_a_search_is_known_by_all_that_its_bits_follow_from(monkeypatch):
 
 def test_a_damaged_part_of_a_search_is_refused_and_a_full_disk_no_end(victim_file, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(resuming, "KEEP_EVERY", 0)
+    flags = ["--n_steps", "2", "--data_rate", "0.2"]
     report, save = unit.report, utils.save_checkpoint
 
     def stop_at_2(step, *args):
@@ -162,12 +163,12 @@ def test_a_damaged_part_of_a_search_is_refused_and_a_full_disk_no_end(victim_fil
 
     monkeypatch.setattr(unit, "report", stop_at_2)
     with pytest.raises(KeyboardInterrupt):
-        run_unit(victim_file, tmp_path, "--n_steps", "2")
+        run_unit(victim_file, tmp_path, *flags)
     (partial,) = tmp_path.glob("d.*.partial.pt")
     assert torch.load(partial, weights_only=True)["step"] == 1
     partial.write_bytes(b"damaged")
     with pytest.raises(InputError, match="cannot be read.*--no-resume"):
-        run_unit(victim_file, tmp_path, "--n_steps", "2")
+        run_unit(victim_file, tmp_path, *flags)
 
     def full(checkpoint, path):
         if "partial" in path.name:
@@ -176,7 +177,7 @@ def test_a_damaged_part_of_a_search_is_refused_and_a_full_disk_no_end(victim_fil
 
     monkeypatch.setattr(unit, "report", report)
     monkeypatch.setattr(utils, "save_checkpoint", full)
-    run_unit(victim_file, tmp_path, "--n_steps", "2", "--no-resume")
+    run_unit(victim_file, tmp_path, *flags, "--no-resume")
     said = capsys.readouterr()
     assert "2 steps" in said.out
     assert said.err.count("warning: cannot write") == 2
@@ -197,7 +198,7 @@ def test_a_partial_run_with_other_settings_is_not_taken(tmp_path):
 
 def test_a_repair_goes_on_after_it_was_cut_off_to_the_same_bits(victim_file, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(resuming, "KEEP_EVERY", 0)
-    flags = ["--defense", "ft", "--epochs", "3"]
+    flags = ["--defense", "ft", "--epochs", "3", "--data_rate", "0.2"]
     run_defend(victim_file, tmp_path, *flags)
     whole = torch.load(tmp_path / "d.pt", weights_only=True)
     (tmp_path / "d.pt").unlink()

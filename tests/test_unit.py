@@ -43,6 +43,13 @@ def recorded_search(model, defence, golden, micro_batch):
     return result, given
 
 
+@pytest.fixture
+def some(defence):
+    """Two micro-batches of the recorded training images, and the validation images: where no figure is looked at."""
+    x_train, y_train, *valid = defence
+    return x_train[:120], y_train[:120], *valid
+
+
 class Literal(torch.nn.Module):
     """The clip as the paper has it."""
 
@@ -176,9 +183,9 @@ def test_micro_batches_equal_the_full_batch(tiny, defence, golden):
         torch.testing.assert_close(micro[name], full[name], rtol=0, atol=1e-5)
 
 
-def test_same_input_same_bits_and_the_model_is_left_alone(tiny, defence, golden):
+def test_same_input_same_bits_and_the_model_is_left_alone(tiny, some, golden):
     before = copy.deepcopy(tiny.state_dict())
-    first, second = (tighten(tiny, *defence, tiny_config(golden, n_steps=3)) for _ in range(2))
+    first, second = (tighten(tiny, *some, tiny_config(golden, n_steps=3)) for _ in range(2))
     assert all(torch.equal(first.bounds[k], second.bounds[k]) for k in first.bounds)
     assert first.history == second.history
     assert all(torch.equal(v, tiny.state_dict()[k]) for k, v in before.items())
@@ -276,29 +283,28 @@ def test_an_unknown_end_of_the_search_is_a_value_error(tiny, defence, golden):
         tighten(tiny, *defence, tiny_config(golden, until="dawn"))
 
 
-def test_without_a_good_step_the_last_is_taken(tiny, defence, golden):
-    x_train, y_train, x_valid, y_valid = defence
+def test_without_a_good_step_the_last_is_taken(tiny, some, golden):
     # a rate so large that the first step destroys the network
-    result = tighten(tiny, *defence, tiny_config(golden, n_steps=3, lr=100.0, acc_degrade=0.0))
+    result = tighten(tiny, *some, tiny_config(golden, n_steps=3, lr=100.0, acc_degrade=0.0))
     assert not result.found_good
     assert result.best_step == 2
     assert result.history["valid_acc"][-1] < result.initial_acc
 
 
-def test_ctrl_c_keeps_the_best_so_far(tiny, defence, golden):
+def test_ctrl_c_keeps_the_best_so_far(tiny, some, golden):
     def stop_at_2(step, now):
         if step == 2:
             raise KeyboardInterrupt
 
-    result = tighten(tiny, *defence, tiny_config(golden), on_step=stop_at_2)
+    result = tighten(tiny, *some, tiny_config(golden), on_step=stop_at_2)
     assert result.interrupted
     assert len(result.history["reg"]) == 3
-    whole = tighten(tiny, *defence, tiny_config(golden, n_steps=3))
+    whole = tighten(tiny, *some, tiny_config(golden, n_steps=3))
     assert all(torch.equal(result.bounds[k], whole.bounds[k]) for k in whole.bounds)
 
 
 @pytest.mark.parametrize("at", ["the validation pass", "the gradient"])
-def test_ctrl_c_within_a_step_leaves_it_out(tiny, defence, golden, monkeypatch, at):
+def test_ctrl_c_within_a_step_leaves_it_out(tiny, some, golden, monkeypatch, at):
     """Also while no step was good yet: result, history and bounds are those of the last step measured."""
     settings = {"acc_degrade": 0.0, "lr": 100.0}  # the first step destroys the network
     name = {"the validation pass": "accuracy", "the gradient": "sum_over_ranks"}[at]
@@ -311,11 +317,11 @@ def test_ctrl_c_within_a_step_leaves_it_out(tiny, defence, golden, monkeypatch, 
             raise KeyboardInterrupt
         return original(*args)
 
-    whole = tighten(tiny, *defence, tiny_config(golden, n_steps=2, **settings))
+    whole = tighten(tiny, *some, tiny_config(golden, n_steps=2, **settings))
     # accuracy: once at the start, once a step; sums: one at the start, then two a step
     stop_at = {"accuracy": 4, "sum_over_ranks": 1 + 4 + 1}[name]
     monkeypatch.setattr(module, name, stop)
-    result = tighten(tiny, *defence, tiny_config(golden, n_steps=5, **settings))
+    result = tighten(tiny, *some, tiny_config(golden, n_steps=5, **settings))
     assert result.interrupted
     assert not result.found_good
     assert result.best_step == 1
@@ -363,9 +369,9 @@ def test_where_one_process_is_out_of_time_all_end_after_the_same_step(tiny, defe
     assert (result.interrupted, len(result.history["ce"]), kept) == ("time", 2, [False, True])
 
 
-def test_uint8_images_are_taken_too(tiny, defence, golden):
-    as_bytes = [(t * 255).round().to(torch.uint8) if t.is_floating_point() else t for t in defence]
-    a, b = (tighten(tiny, *data, tiny_config(golden, n_steps=1)) for data in (defence, as_bytes))
+def test_uint8_images_are_taken_too(tiny, some, golden):
+    as_bytes = [(t * 255).round().to(torch.uint8) if t.is_floating_point() else t for t in some]
+    a, b = (tighten(tiny, *data, tiny_config(golden, n_steps=1)) for data in (some, as_bytes))
     assert a.history == b.history
 
 
