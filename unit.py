@@ -2,6 +2,7 @@
 
     python unit.py --attack badnet                                          # the paper's: 2,500 images, 300 steps
     python unit.py --attack badnet --dataset cifar10_sample --n_steps 100   # 500 embedded images, no download
+    python unit.py --attack badnet --max_minutes 30                         # what can be found in that time
 
 Every neuron of a trained network gets an upper bound on its activation, as tight as a small loss of accuracy on the
 defence images allows; a trigger's outsized activations are clipped there. The weights never change.
