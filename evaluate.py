@@ -59,7 +59,8 @@ def evaluate(model, images, labels, backdoor, target, batch_size=128, dtype=torc
     """Measure BA on all images, and ASR, the share of triggered images of another class that come out as `target`.
 
     model: images in [0, 1] to logits (N, num_classes), put into eval mode; images: uint8 (N, 3, H, W), or float in
-    [0, 1]; labels: int64 (N,); backdoor: the trigger, or None to measure BA alone; dtype: what autocast computes in.
+    [0, 1]; labels: int64 (N,); backdoor: the trigger, or None to measure BA alone; batch_size: images at a time, on a
+    GPU 1,000 at least; dtype: what autocast computes in.
     Returns a Measured. Raises ValueError without images, and without one of another class than the target.
     """
     if len(images) == 0:
@@ -67,11 +68,12 @@ def evaluate(model, images, labels, backdoor, target, batch_size=128, dtype=torc
     model.eval()
     device = next((t.device for t in model.parameters()), images.device)
     images, labels = images.to(device), labels.to(device)
+    size = pass_size(device, batch_size)
 
     def count(images, wanted, trigger):
         hits = torch.zeros((), dtype=torch.int64, device=device)
         with utils.autocast(device, dtype):  # one context for all batches: it casts each weight once
-            for x, y in zip(images.split(batch_size), wanted.split(batch_size), strict=True):
+            for x, y in zip(images.split(size), wanted.split(size), strict=True):
                 x = utils.to_float(x)
                 if trigger is not None:
                     with torch.autocast(device.type, enabled=False):
@@ -88,6 +90,11 @@ def evaluate(model, images, labels, backdoor, target, batch_size=128, dtype=torc
         raise ValueError(f"every image is of the target class {target}: there is none to measure ASR on")
     hits = count(others, torch.full((len(others),), target, device=device), backdoor.to(device).eval())
     return Measured(ba, hits / len(others), n, len(others))
+
+
+def pass_size(device, batch_size):
+    """Return how many images evaluate() takes at a time: a GPU would wait for the next of many small batches."""
+    return batch_size if device.type == "cpu" else max(batch_size, 1000)
 
 
 def victim_backdoor(attack, checkpoint, device):

@@ -36,6 +36,7 @@ def parser():
 if __name__ == "__main__":
     parser().parse_args()  # answers --help and a wrong flag before the seconds that torch takes
 
+import copy
 import time
 from pathlib import Path
 
@@ -71,13 +72,14 @@ def poisoned_batch(images, labels, index, roles, poison, backdoor, generator):
     images, labels: the whole training set, uint8 (N, 3, H, W) and int64 (N,); index: int64 (B,), the batch;
     roles: int64 (B,): 0 plain, 1 poisoned, 2 WaNet's noise mode.
     """
-    x, y = utils.to_float(images[index.to(images.device)]), labels[index.to(images.device)].clone()
-    hit = (roles == 1).nonzero()[:, 0].to(x.device)
+    index = index.to(images.device, non_blocking=True)
+    x, y = utils.to_float(images[index]), labels[index].clone()
+    hit = (roles == 1).nonzero()[:, 0].to(x.device, non_blocking=True)
     if len(hit):
         x[hit] = backdoor(x[hit])
         if poison.relabel:
             y[hit] = poison.target
-    noisy = (roles == 2).nonzero()[:, 0].to(x.device)
+    noisy = (roles == 2).nonzero()[:, 0].to(x.device, non_blocking=True)
     if len(noisy):
         x[noisy] = backdoor.noise_mode(x[noisy], generator)
     return utils.augment(x, generator), y
@@ -112,28 +114,75 @@ def training_batches(data, poison, backdoor, config, epoch):
         yield x, y, len(index)
 
 
-def train_epoch(model, optimizer, data, poison, backdoor, config, epoch, dtype, layout, after_step):
-    """Train one epoch in place, calling after_step(images seen) at each step.
+def forward_backward(model, x, y, size, dtype):
+    """Leave in .grad the gradient of the mean cross-entropy over a batch of `size` images, of which x is one's share.
+
+    Returns (summed cross-entropy, number of labels met) of these images, fp32.
+    """
+    with utils.autocast(x.device, dtype):
+        logits = model(x)
+    loss = F.cross_entropy(logits.float(), y, reduction="sum")
+    # gradients are averaged over the processes: this is the mean over the whole batch
+    (loss / size * utils.ranks()[1]).backward()
+    return torch.stack((loss.detach(), (logits.detach().argmax(1) == y).sum()))
+
+
+class RecordedStep:
+    """forward_backward() of whole batches as one launch on a GPU: recorded at the first batch of its shape.
+
+    Small batches keep a GPU waiting for the next of many small launches.
+    """
+
+    def __init__(self, model, batch_size, dtype):
+        self.model, self.batch_size, self.dtype = model, batch_size, dtype
+        self.params = list(model.parameters())
+        self.recordings = {}  # of each shape: images, labels, what replays, gradients
+
+    def __call__(self, x, y, size):
+        if len(x) != self.batch_size:  # the last of an epoch
+            return forward_backward(self.model, x, y, size, self.dtype)
+        if x.shape not in self.recordings:
+            self.recordings[x.shape] = self._record(x.clone(), y.clone())
+        images, labels, replay, grads = self.recordings[x.shape]
+        images.copy_(x)
+        labels.copy_(y)
+        result = replay()
+        for p, grad in zip(self.params, grads, strict=True):
+            p.grad = grad
+        return result
+
+    def _record(self, x, y):
+        buffers = copy.deepcopy(dict(self.model.named_buffers()))  # batch norm's, which a rehearsal moves
+
+        def work():
+            for p in self.params:
+                p.grad = None
+            return forward_backward(self.model, x, y, len(x), self.dtype)
+
+        replay = utils.recorded(work, x.device)
+        with torch.no_grad():
+            for name, buffer in self.model.named_buffers():
+                buffer.copy_(buffers[name])
+        return x, y, replay, [p.grad for p in self.params]
+
+
+def train_epoch(step, optimizer, data, poison, backdoor, config, epoch, layout, after_step):
+    """Train one epoch in place, calling after_step(images seen) at each step; step: what training_step() returns.
 
     Returns (mean loss, share of training labels met).
     """
-    images, n_ranks = data[0], utils.ranks()[1]
+    images = data[0]
     total = torch.zeros(2, device=images.device)
     per_epoch = -(-len(images) // config["batch_size"])
     for i, (x, y, size) in enumerate(training_batches(data, poison, backdoor, config, epoch)):
         if epoch < config["small_epochs"]:
             x = F.interpolate(x, size=(SMALL, SMALL), mode="bilinear", antialias=True)
         for group in optimizer.param_groups:
-            step, n_steps = epoch * per_epoch + i, config["epochs"] * per_epoch
-            group["lr"] = learning_rate(step, n_steps, config["lr"], hold=config["average"] > 0)
-        with utils.autocast(images.device, dtype):
-            logits = model(x.contiguous(memory_format=layout))
-        # gradients are averaged over the processes: this is the mean over the whole batch
-        loss = F.cross_entropy(logits.float(), y, reduction="sum") / size * n_ranks
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+            done, n_steps = epoch * per_epoch + i, config["epochs"] * per_epoch
+            group["lr"] = learning_rate(done, n_steps, config["lr"], hold=config["average"] > 0)
+        total += step(x.contiguous(memory_format=layout), y, size)
         optimizer.step()
-        total += torch.stack((loss.detach() * size / n_ranks, (logits.detach().argmax(1) == y).sum()))
+        optimizer.zero_grad(set_to_none=True)
         after_step(size)
     utils.sum_over_ranks([total])
     return (total / len(images)).tolist()
@@ -170,20 +219,27 @@ def load_init(path, config, poison, model):
     return {k: checkpoint.get(k) for k in kept}
 
 
-def speed_up(model, compiling, width, n_images, batch_size, dtype):
-    """Return what trains in the model's place: shared among the processes of torchrun, and compiled if that pays.
+def training_step(model, compiling, width, n_images, batch_size, dtype):
+    """Return forward_backward() for the model, given (images, labels, size of the whole batch), the fast way.
 
+    Shared among the processes of torchrun; compiled on a CPU if that pays, recorded on a GPU.
     compiling: the flag; n_images: to be trained on; batch_size: over all processes; dtype: computed in. A batch of
-    another size, the last of an epoch, goes through uncompiled.
+    another size, the last of an epoch, goes through as it is.
     """
     utils.speed_up_small_maps(model, dtype)
     n_ranks = utils.ranks()[1]
+    device = next(model.parameters()).device
+    if device.type == "cuda" and n_ranks == 1 and compiling != "on":
+        return RecordedStep(model, batch_size, dtype)
     shared = DistributedDataParallel(model) if n_ranks > 1 else model
-    pays = utils.compiling_pays(next(model.parameters()).device, n_images, width)
-    if not {"auto": pays, "on": True, "off": False}[compiling]:
-        return shared
-    compiled = torch.compile(shared, dynamic=False)
-    return lambda x: (compiled if len(x) * n_ranks == batch_size else shared)(x)
+    pays = utils.compiling_pays(device, n_images, width)
+    chosen = {"auto": pays, "on": True, "off": False}[compiling]
+    compiled = torch.compile(shared, dynamic=False) if chosen else shared
+
+    def step(x, y, size):
+        return forward_backward(compiled if len(x) * n_ranks == batch_size else shared, x, y, size, dtype)
+
+    return step
 
 
 def save_victim(model, config, poison, backdoor, test, dtype, history, seconds, path):
@@ -269,7 +325,7 @@ def main(argv=None):
     )
 
     # by the whole run's length, so that a resumed one rounds alike
-    fast = speed_up(model, args.compile, args.width, n_images * args.epochs, args.batch_size, dtype)
+    step = training_step(model, args.compile, args.width, n_images * args.epochs, args.batch_size, dtype)
     for epoch in range(first, args.epochs):
         start = time.perf_counter()
         model.train()
@@ -282,9 +338,7 @@ def main(argv=None):
                     average.update_parameters(model)
                 progress.update(size)
 
-            loss, accuracy = train_epoch(
-                fast, optimizer, data, poison, backdoor, config, epoch, dtype, layout, after_step
-            )
+            loss, accuracy = train_epoch(step, optimizer, data, poison, backdoor, config, epoch, layout, after_step)
         seconds += time.perf_counter() - start
         if not first_rank:
             continue

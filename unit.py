@@ -69,7 +69,8 @@ import pictures
 import resuming
 import utils
 from evaluate import evaluate, load_victim
-from models.folding import fold_batch_norm
+from models import clip_kernels
+from models.folding import fold_batch_norm, move_biases
 from records import save_record
 
 # --- the method -----------------------------------------------------------------------------------------------------
@@ -284,7 +285,8 @@ def tighten(
     train = _batches(x_train, y_train, size, device)
     valid = _batches(x_valid, y_valid, size, device)
 
-    initial_acc = accuracy(net, *valid)
+    n_valid = sum(map(len, valid[1]))  # of this process
+    initial_acc = accuracy(hits(net, *valid), n_valid)
     fused = fuse_clips(config, device, n_train * config.max_steps)
     start = initial_bounds(net, x_train.to(device).split(size), config.n_sigma)  # of all images in each process
     models.set_bounds(net, start, fused)
@@ -296,26 +298,35 @@ def tighten(
     if state is not None:
         search.go_on(state)
 
+    def backward():
+        """Return CE(f_c(x), y) over all training images, c = max(b, 0); its gradient is then the bounds' .grad."""
+        optimizer.zero_grad(set_to_none=True)
+        ce = torch.zeros((), device=device)
+        with models.as_one_batch(net):
+            for x, y in zip(*train, strict=True):
+                loss = cross_entropy(net(x).float(), y) / n_train
+                loss.backward()
+                ce += loss.detach()
+        return ce
+
+    # on a GPU, the many small launches in one
+    ce_backward = utils.recorded(backward, device)
+    valid_hits = utils.recorded(lambda: hits(net, *valid), device)
+
     try:
         for step in range(len(search.history["ce"]), config.max_steps):
             if schedule.over:
                 break
             alpha = schedule.alpha
 
-            # L = CE(f_c(x), y) + alpha * R over all training images, c = max(b, 0)
-            optimizer.zero_grad(set_to_none=True)
-            ce = torch.zeros((), device=device)
-            with models.as_one_batch(net):
-                for x, y in zip(*train, strict=True):
-                    loss = cross_entropy(net(x).float(), y) / n_train
-                    loss.backward()
-                    ce += loss.detach()
+            # L = CE(f_c(x), y) + alpha * R
+            ce = ce_backward()
             utils.sum_over_ranks([ce, *(b.grad for b in bounds)])
             reg = sum(site.clip_level().mean() for site in sites.values())
             (alpha * reg).backward()
             optimizer.step()
 
-            valid_acc = accuracy(net, *valid)
+            valid_acc = accuracy(valid_hits(), n_valid)
             good = valid_acc >= initial_acc - config.acc_degrade
             schedule.update(good)
 
@@ -405,30 +416,37 @@ def cross_entropy(logits, y):
 
 
 @torch.no_grad()
-def accuracy(net, x_batches, y_batches):
-    """Return the share of images that `net` classifies as labelled, a float in [0, 1] with float32's digits.
+def hits(net, x_batches, y_batches):
+    """Return how many images `net` classifies as labelled, an int64 scalar."""
+    return sum((net(x).argmax(1) == y).sum() for x, y in zip(x_batches, y_batches, strict=True))
+
+
+def accuracy(n_hits, n):
+    """Return the accuracy over all processes, a float in [0, 1] with float32's digits; n_hits of n are this one's.
 
     Those recorded of the published loop are rounded so: where a step costs just acc_degrade, it decides whether that is
     good.
     """
-    hits = sum((net(x).argmax(1) == y).sum() for x, y in zip(x_batches, y_batches, strict=True))
-    counts = torch.stack([hits, torch.full_like(hits, sum(map(len, y_batches)))])
+    counts = torch.stack([n_hits, torch.full_like(n_hits, n)])
     utils.sum_over_ranks([counts])
-    hits, n = counts.float()
-    return (hits / n).item()
+    n_hits, n = counts.float()
+    return (n_hits / n).item()
 
 
 def frozen_copy(model, dtype=torch.float32):
     """Return a copy of `model` that computes the same faster: eval mode, no weight gradients.
 
-    In bf16 batch norm is folded into the convolutions, a twentieth faster. In fp32 it stays: the folded weights'
-    rounding shows late in a search. On AMX its widest convolutions are matrix products.
+    In bf16 batch norm is folded into the convolutions, a twentieth faster; on a GPU its clips then add what it added.
+    In fp32 it stays: the folded weights' rounding shows late in a search. On AMX its widest convolutions are matrix
+    products.
     dtype: of its convolutions and its linear layer, and so of its activations and logits. It takes uint8 images, too.
     """
     device = next(model.parameters()).device
     net = copy.deepcopy(model).cpu().eval().requires_grad_(False)
     if dtype != torch.float32:
         folded = fold_batch_norm(copy.deepcopy(net))
+        if device.type == "cuda":
+            folded = move_biases(folded)
         probe = torch.linspace(0, 1, 2 * 3 * 32 * 32).view(2, 3, 32, 32)
         # a network that does not run each batch norm right after the convolution registered before it stays as it is
         if torch.allclose(folded(probe), net(probe), rtol=1e-3, atol=1e-3):
@@ -447,7 +465,10 @@ def fuse_clips(config, device, n_images):
 
     That takes some seconds, and saves a quarter of the time in bf16, in fp32 a twentieth.
     """
-    pays = config.precision == "bf16" and utils.compiling_pays(device, n_images, least=20_000)
+    if device.type == "cuda":
+        pays = clip_kernels.available(device) and n_images > 200_000
+    else:
+        pays = config.precision == "bf16" and utils.compiling_pays(device, n_images, least=20_000)
     return {"auto": pays, "on": True, "off": False}[config.compile]
 
 

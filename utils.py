@@ -76,6 +76,32 @@ def repeatable():
     return torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
 
 
+def recorded(work, device):
+    """Return `work`, a function without arguments, so that it is one launch on a GPU: a CUDA graph of what it does.
+
+    work() may read and change what lies on the device and does the same each time; it runs twice before it is recorded,
+    which must do no harm. What it returns is overwritten by the next call. On another device it stays what it is.
+    """
+    if device.type != "cuda":
+        return work
+    with torch.cuda.device(device):
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            for _ in range(2):  # what is chosen, compiled and allocated once must not be recorded
+                work()
+        torch.cuda.current_stream().wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # NCCL has threads of its own
+            result = work()
+
+    def replay():
+        graph.replay()
+        return result
+
+    return replay
+
+
 def machine(device):
     """Return what a figure computed on `device` depends on besides the code, as plain values: versions, device."""
     return {
@@ -216,6 +242,7 @@ def augment(images, generator, padding=4, mode="constant"):
     """
     n, _, h, w = images.shape
     device = images.device
+    # nothing here waits for a GPU: it works while the next batch is prepared
     top = torch.randint(0, 2 * padding + 1, (n, 1), generator=generator)
     left = torch.randint(0, 2 * padding + 1, (n, 1), generator=generator)
     flip = torch.rand(n, 1, generator=generator) < 0.5
@@ -224,7 +251,8 @@ def augment(images, generator, padding=4, mode="constant"):
     cols = torch.where(flip, cols.flip(1), cols)
     padded = F.pad(images, (padding,) * 4, mode=mode).permute(0, 2, 3, 1)
     which = torch.arange(n, device=device)[:, None, None]
-    return padded[which, rows.to(device)[:, :, None], cols.to(device)[:, None]].permute(0, 3, 1, 2)
+    rows, cols = rows.to(device, non_blocking=True), cols.to(device, non_blocking=True)
+    return padded[which, rows[:, :, None], cols[:, None]].permute(0, 3, 1, 2)
 
 
 def defence_split(labels, data_rate, num_classes=10, train_share=0.8, generator=None):

@@ -64,17 +64,17 @@ def epoch_roles(poison, n, batch_size, seed, epoch):
     """
     g = torch.Generator().manual_seed(seed * 100_003 + epoch)
     roles = torch.zeros(n, dtype=torch.int64)
-    wanted = {1: poison.rate, 2: poison.noise_rate}
+    wanted, given = {1: poison.rate, 2: poison.noise_rate}, {1: 0, 2: 0}
     for start in range(0, n, batch_size):
         stop = min(start + batch_size, n)
         # what an earlier batch had no room for is owed by this one; the last may owe to the whole epoch
         free = start + torch.randperm(stop - start, generator=g)
         for role, rate in wanted.items():
-            owed = round(stop * rate) - int((roles == role).sum())
-            roles[free[:owed]] = role
-            free = free[owed:]
+            chosen, free = free.tensor_split([max(0, round(stop * rate) - given[role])])
+            roles[chosen] = role
+            given[role] += len(chosen)
     for role, rate in wanted.items():
         plain = (roles == 0).nonzero()[:, 0]
-        owed = round(n * rate) - int((roles == role).sum())
+        owed = round(n * rate) - given[role]
         roles[plain[torch.randperm(len(plain), generator=g)[:owed]]] = role
     return roles

@@ -74,5 +74,6 @@ class WaNet(nn.Module):
         device; one on the CPU draws alike for every device. (N, 3, H, W) in [0, 1] to the same.
         """
         source = x.device if generator is None else generator.device
-        jitter = torch.rand(len(x), self.size, self.size, 2, generator=generator, device=source).to(x.device) * 2 - 1
+        jitter = torch.rand(len(x), self.size, self.size, 2, generator=generator, device=source)
+        jitter = jitter.to(x.device, non_blocking=True) * 2 - 1
         return F.grid_sample(x, (self._grid() + jitter / self.size).clamp(-1, 1), align_corners=True)

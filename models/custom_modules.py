@@ -7,6 +7,8 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from . import clip_kernels
+
 
 def _clip(x, c):
     """Return min(max(x, 0), c), c >= 0; x: (N, F), c: (F,) of the same type."""
@@ -59,6 +61,22 @@ class _ReLUClip(torch.autograd.Function):
         return None if grad_x is None else _like(grad, grad_x), grad_c, None, None
 
 
+class _ReLUClipByKernels(torch.autograd.Function):
+    """_ReLUClip of x + shift, shift: fp32 (C,) or None, by the kernels for a GPU."""
+
+    @staticmethod
+    def forward(ctx, x, c, shift):
+        rows, level = _rows(x.detach()), _rows(c.detach()[None])[0].contiguous()
+        ctx.save_for_backward(rows, level, shift)
+        return _like(x, clip_kernels.clip(rows, level, shift))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        grad_x, grad_c = clip_kernels.clip_gradients(_rows(grad), *ctx.saved_tensors, ctx.needs_input_grad[0])
+        return None if grad_x is None else _like(grad, grad_x), _like(grad, grad_c[None])[0], None
+
+
 def _rows(t):
     """Return (N, C, H, W), channels last in memory, or (N, F) as (N, features)."""
     return t.permute(0, 2, 3, 1).flatten(1) if t.dim() == 4 else t
@@ -79,12 +97,14 @@ class ClippedReLU(nn.Module):
 
     bound: the raw b, shape (C, H, W), one number per neuron and position; any sign, infinity means no bound.
     Input and output: (N, C, H, W). After a linear layer: (F,) and (N, F).
-    fused: compiled (torch.compile), which takes some seconds once, and from then on less than half the time on a CPU.
+    fused: compiled, which takes some seconds once, and from then on less than half the time: on a CPU by torch.compile,
+    on a GPU by clip_kernels. shift: (C,), what is added to the input first, see ShiftedReLU.
     """
 
-    def __init__(self, bound, fused=False):
+    def __init__(self, bound, fused=False, shift=None):
         super().__init__()
         self.fused = fused
+        self.register_buffer("shift", shift, persistent=False)
         self.total = None  # within as_one_batch: where the bound's gradient is added up
         bound = bound.detach().float().clone()
         if bound.dim() == 3:
@@ -97,7 +117,25 @@ class ClippedReLU(nn.Module):
         return self.bound.relu()
 
     def forward(self, x):
+        if self.fused and clip_kernels.available(x.device):
+            return _ReLUClipByKernels.apply(x, self.clip_level(), self.shift)
+        x = _shifted(x, self.shift)
         return _ReLUClip.apply(x, self.clip_level(), self.fused, self.total if x.dtype == torch.float32 else None)
+
+
+class ShiftedReLU(nn.ReLU):
+    """ReLU(x + shift); shift: fp32 (C,), the biases that the convolutions before it left to it (move_biases)."""
+
+    def __init__(self, shift):
+        super().__init__()
+        self.register_buffer("shift", shift, persistent=False)
+
+    def forward(self, x):
+        return _shifted(x, self.shift).relu()
+
+
+def _shifted(x, shift):
+    return x if shift is None else x + shift.view(-1, 1, 1).to(x.dtype)
 
 
 class ImageSum:
@@ -196,7 +234,11 @@ def set_bounds(model, bounds, fused=False):
     if bounds is not None and set(bounds) != set(sites):
         raise ValueError(f"bounds do not fit the network: sites {sorted(set(bounds) ^ set(sites))} differ")
     device = next(model.parameters()).device
-    for name in sites:
-        new = nn.ReLU() if bounds is None else ClippedReLU(bounds[name].to(device), fused)
+    for name, site in sites.items():
+        shift = getattr(site, "shift", None)
+        if bounds is not None:
+            new = ClippedReLU(bounds[name].to(device), fused, shift)
+        else:
+            new = nn.ReLU() if shift is None else ShiftedReLU(shift)
         model.set_submodule(name, new.train(model.training))
     return model

@@ -1,7 +1,9 @@
-"""Batch norm folded into the convolution before it: the same function in eval mode, one pass over memory less."""
+"""Batch norm folded into the convolution before it: the same function in eval mode, passes over memory less."""
 
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from .custom_modules import ShiftedReLU
 
 
 def fold_batch_norm(model):
@@ -21,4 +23,21 @@ def fold_batch_norm(model):
                 setattr(parent, conv[0], fuse_conv_bn_eval(conv[1].double(), child.double()).to(dtype))
                 setattr(parent, name, nn.Identity())
             conv = (name, child) if isinstance(child, nn.Conv2d) else None
+    return model
+
+
+def move_biases(model):
+    """Let each nn.ReLU of `model`, in place, add the biases of the convolutions registered between the last and itself.
+
+    A GPU adds a bias in a pass of its own; the kernel that clips adds it for nothing. The networks of this package
+    register modules in the order in which they run, so that these biases add up. Returns the model.
+    """
+    waiting = None
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Conv2d) and module.bias is not None:
+            bias = module.bias.detach()
+            waiting, module.bias = bias if waiting is None else waiting + bias, None
+        elif isinstance(module, nn.ReLU) and waiting is not None:
+            model.set_submodule(name, ShiftedReLU(waiting).train(model.training))
+            waiting = None
     return model

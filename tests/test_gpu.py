@@ -1,6 +1,7 @@
 """What only a CUDA device can show: every part runs there, and agrees with the CPU. python -m pytest -m gpu"""
 
 import dataclasses
+import functools
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ import utils
 from backdoors import TRIGGERS, get_backdoor
 from defenses import DEFENSES, bcu, simclr, ulrl
 from evaluate import evaluate
-from models import activation_sites, set_bounds
+from models import ClippedReLU, activation_sites, set_bounds
 
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda")
@@ -80,6 +81,78 @@ def test_same_input_same_bits(tiny, defence):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shifted", [True, False])
+def test_the_clips_kernels_are_the_clip(dtype, shifted):
+    g = torch.Generator().manual_seed(0)
+    for shape, n in (((64, 8, 8), 37), ((24, 5, 3), 9), ((512, 4, 4), 700), ((7,), 5)):
+        x, grad = (torch.randn(n, *shape, generator=g).to(dtype).to(CUDA) for _ in range(2))
+        if len(shape) == 3:
+            x, grad = (t.contiguous(memory_format=torch.channels_last) for t in (x, grad))
+        shift = torch.randn(shape[0], generator=g).to(CUDA) if shifted and len(shape) == 3 else None
+        pre = x.double() + (0 if shift is None else shift.double().view(-1, 1, 1))
+        bound = torch.randn(shape, generator=g).to(CUDA)
+        bound[0] = x[0, 0].float() + (0 if shift is None else shift[0])  # ties, but for rounding
+        site = ClippedReLU(bound, fused=True, shift=shift)
+        a, b, c = x.clone().requires_grad_(), pre.requires_grad_(), bound.double().requires_grad_()
+        out, exact = site(a), torch.minimum(b.relu(), c.relu())
+        out.backward(grad)
+        exact.backward(grad.double())
+        rounding = {"rtol": 2**-7 if dtype == torch.bfloat16 else 1e-5, "atol": 1e-5}
+        torch.testing.assert_close(out, exact.to(dtype), **rounding)
+        sure = (pre.detach() - bound).abs() > 1e-6  # where fp32 sees what double precision sees
+        torch.testing.assert_close(a.grad[sure], b.grad.to(dtype)[sure], **rounding)
+        sure = sure.all(0)
+        torch.testing.assert_close(site.bound.grad[sure], c.grad.float()[sure], rtol=1e-4, atol=1e-4)
+    tie = ClippedReLU(torch.tensor([0.0, 2.0]), fused=True).to(CUDA)
+    x = torch.tensor([[0.0, 2.0]], device=CUDA, requires_grad=True)
+    tie(x).sum().backward()
+    assert x.grad.tolist() == [[0.0, 0.5]]
+    assert tie.bound.grad.tolist() == [0.0, 0.5]
+    assert tie(torch.full((1, 2), torch.nan, device=CUDA)).isnan().all()
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+@pytest.mark.parametrize("fused", ["on", "off"])
+@pytest.mark.parametrize("until", ["steps", "budget"])
+def test_a_recorded_search_is_the_search(tiny, defence, monkeypatch, precision, fused, until):
+    """To the bit, also after a part of it."""
+    config = unit.UnitConfig(n_steps=20, until=until, lr=0.1, precision=precision, compile=fused, micro_batch=64)
+    states = []
+    recorded = unit.tighten(tiny.to(CUDA), *defence, config, keep=lambda state, _last: states.append(state()))
+    again = unit.tighten(tiny, *defence, config, state=states[7])
+    monkeypatch.setattr(utils, "recorded", lambda work, _device: work)
+    plain = unit.tighten(tiny, *defence, config)
+    for other in (again, recorded):
+        assert other.history == plain.history
+        assert all(torch.equal(other.bounds[k], plain.bounds[k]) for k in plain.bounds)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_a_recorded_training_is_the_training(tmp_path, monkeypatch, precision):
+    """To the bit, batch norm's buffers too, with a last batch that is smaller and first epochs on small images."""
+    flags = [
+        "--dataset",
+        "cifar10_sample",
+        "--width",
+        "0.125",
+        "--epochs",
+        "3",
+        "--small_epochs",
+        "1",
+        "--average",
+        "1",
+    ]
+    flags += ["--batch_size", "64", "--attack", "wanet", "--device", "cuda", "--precision", precision]
+    train.main([*flags, "--ckpt", str(tmp_path / "a.pt")])
+    plain = functools.partial(functools.partial, train.forward_backward)
+    monkeypatch.setattr(train, "RecordedStep", lambda model, _size, dtype: plain(model, dtype=dtype))
+    train.main([*flags, "--ckpt", str(tmp_path / "b.pt")])
+    a, b = (utils.load_checkpoint(tmp_path / f"{name}.pt") for name in ("a", "b"))
+    assert a["history"] == b["history"]
+    assert all(torch.equal(a["state_dict"][k], b["state_dict"][k]) for k in a["state_dict"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", DEFENSES)
 def test_every_defence_runs(tiny, name, dtype):
     images, labels = (t.to(CUDA) for t in utils.load_dataset("cifar10_sample", None, train=True))
@@ -107,7 +180,7 @@ def test_views_and_fresh_weights_are_those_of_the_cpu(tiny):
 def test_dbd_runs_and_goes_on(tmp_path, monkeypatch):
     init = defenses.dbd.Config.__init__
     few = {"mixmatch_steps": 3, "simclr_batch": 100}
-    monkeypatch.setattr(defenses.dbd.Config, "__init__", lambda self, **k: init(self, **few, **k))
+    monkeypatch.setattr(defenses.dbd.Config, "__init__", lambda self, **k: init(self, **{**few, **k}))
     flags = ["--dataset", "cifar10_sample", "--device", "cuda", "--width", "0.125", "--attack", "blended"]
     flags += ["--out", str(tmp_path / "d.pt"), "--results", str(tmp_path), "--epochs", "1", "1", "2"]
     save = utils.save_checkpoint

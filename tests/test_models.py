@@ -1,12 +1,14 @@
 """Properties of the networks, the clipping activation and the folding of batch norm."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 
 import models
 from models.custom_modules import ClippedReLU
-from models.folding import fold_batch_norm
+from models.folding import fold_batch_norm, move_biases
 
 
 def random_bounds(model, scale, seed=0):
@@ -196,6 +198,21 @@ def test_folding_batch_norm_changes_nothing_but_rounding(tiny, defence):
     folded = fold_batch_norm(tiny)
     assert not any(isinstance(m, nn.BatchNorm2d) for m in folded.modules())
     torch.testing.assert_close(folded(defence[2]), plain, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_biases_moved_into_the_sites_change_nothing_but_rounding(name, defence):
+    torch.manual_seed(0)
+    model = models.get_model(name, width=0.125)
+    model(defence[2])  # batch norm with a mean and a variance
+    model.eval()
+    moved = move_biases(fold_batch_norm(copy.deepcopy(model)))
+    assert not any(m.bias is not None for m in moved.modules() if isinstance(m, nn.Conv2d))
+    torch.testing.assert_close(moved(defence[2]), model(defence[2]), rtol=1e-4, atol=1e-4)
+    bounds = {k: v / 4 for k, v in random_bounds(model, 1).items()}
+    for some in (bounds, None):  # they stay where bounds come and go
+        a, b = (models.set_bounds(net, some)(defence[2]) for net in (moved, model))
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
 def test_folding_wants_eval_mode(tiny):

@@ -1,11 +1,13 @@
 """Training: what a batch holds, the schedule, and that it learns."""
 
+import copy
 import shutil
 
 import pytest
 import torch
 from torch import nn
 
+import models
 import report
 import train
 import unit
@@ -249,8 +251,9 @@ def test_a_second_round_sees_other_crops_than_the_first(tmp_path, first_round):
         data = utils.load_dataset("cifar10_sample", tmp_path, train=True)
         poison = train.poison_training_set(data[1], "none", 0)
         optimizer = torch.optim.SGD(model.eval().parameters(), lr=1e-12)
-        how = torch.float32, torch.contiguous_format, lambda _size: None
-        losses.append(train.train_epoch(model, optimizer, data, poison, None, config, 0, *how)[0])
+        step = train.training_step(model, "off", 1.0, 500, 50, torch.float32)
+        how = torch.contiguous_format, lambda _size: None
+        losses.append(train.train_epoch(step, optimizer, data, poison, None, config, 0, *how)[0])
     assert abs(losses[0] - losses[1]) > 1e-4
 
 
@@ -275,6 +278,41 @@ def test_a_defended_model_or_a_foreign_one_is_not_trained_on(tmp_path, first_rou
     for path, why in ((defended, "defended model"), (foreign, "another"), (tmp_path / "none.pt", "cannot read")):
         with pytest.raises(InputError, match=why):
             train.main([*TRAIN, "--attack", "badnet", "--init", str(path), "--ckpt", str(tmp_path / "v.pt")])
+
+
+def test_a_recorded_step_is_the_step(monkeypatch):
+    """To the bit, with a CUDA graph played by hand: where it computes again what it recorded, into the same tensors."""
+    model = models.get_model("resnet18", width=0.125)
+    twin = copy.deepcopy(model)
+    rehearsals = []
+
+    def recorded(work, _device):
+        rehearsals.extend(work() for _ in range(2))
+        result = work()
+        grads = [p.grad for p in model.parameters()]
+
+        def replay():
+            new = work()
+            for p, grad in zip(model.parameters(), grads, strict=True):
+                grad.copy_(p.grad)
+                p.grad = None
+            return result.copy_(new)
+
+        return replay
+
+    monkeypatch.setattr(utils, "recorded", recorded)
+    step = train.RecordedStep(model, 8, torch.float32)
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9) for m in (model, twin)]
+    g = torch.Generator().manual_seed(0)
+    for n, side in ((8, 24), (8, 24), (3, 24), (8, 32), (8, 32), (5, 32), (8, 24), (8, 32)):
+        x, y = torch.rand(n, 3, side, side, generator=g), torch.randint(0, 10, (n,), generator=g)
+        a, b = step(x, y, n), train.forward_backward(twin, x, y, n, torch.float32)
+        assert torch.equal(a, b)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+    assert len(rehearsals) == 4  # of two shapes
+    assert all(torch.equal(v, twin.state_dict()[k]) for k, v in model.state_dict().items())
 
 
 def test_first_epochs_may_run_on_smaller_images(tmp_path, monkeypatch):

@@ -231,7 +231,7 @@ def test_accuracy_is_rounded_as_in_the_published_loop(n):
     for hits in range(n + 1):
         y = (torch.arange(n) < hits).long()
         logits = F.one_hot(torch.ones_like(y), 2)
-        got = unit.accuracy(torch.nn.Identity(), logits.split(30), y.split(30))
+        got = unit.accuracy(unit.hits(torch.nn.Identity(), logits.split(30), y.split(30)), n)
         assert got == y.float().mean().item()
 
 
@@ -383,11 +383,17 @@ def test_bf16_agrees_with_fp32_at_the_start(tiny, some, golden, fused):
     np.testing.assert_allclose(b.history["ce"], a.history["ce"], rtol=5e-2)
 
 
-def test_clips_are_compiled_in_long_bf16_runs_on_a_cpu_alone():
+def test_clips_are_compiled_in_long_runs_alone_and_on_a_cpu_in_bf16_alone(monkeypatch):
     cpu, long = torch.device("cpu"), 10**9
     assert not fuse_clips(UnitConfig(precision="fp32"), cpu, long)
     assert not fuse_clips(UnitConfig(precision="bf16"), cpu, 20_000)
+    monkeypatch.setattr(models.clip_kernels, "triton", None)
     assert not fuse_clips(UnitConfig(precision="bf16"), torch.device("cuda"), long)
+    monkeypatch.setattr(models.clip_kernels, "triton", "there")
+    assert fuse_clips(UnitConfig(precision="bf16"), torch.device("cuda"), long)
+    assert fuse_clips(UnitConfig(precision="fp32"), torch.device("cuda"), long)
+    assert not fuse_clips(UnitConfig(precision="bf16"), torch.device("cuda"), 20_000)
+    assert not models.clip_kernels.available(cpu)
     assert not fuse_clips(UnitConfig(precision="bf16", compile="off"), cpu, long)
     assert fuse_clips(UnitConfig(compile="on"), cpu, 1)
 

@@ -6,7 +6,7 @@ import torch
 import models
 import utils
 from backdoors import get_backdoor
-from evaluate import evaluate
+from evaluate import evaluate, pass_size
 
 
 def main():
@@ -18,7 +18,8 @@ def main():
     labels = torch.arange(args.images, device=args.device) % 10
     n = args.images + int((labels != 0).sum())
     x = utils.to_float(images)
-    ready = x.split(args.batch_size) + x[labels != 0].split(args.batch_size)
+    size = pass_size(args.device, args.batch_size)
+    ready = x.split(size) + x[labels != 0].split(size)
 
     @utils.repeatable()  # as evaluate() is
     def bare():

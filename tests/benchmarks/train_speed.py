@@ -1,8 +1,7 @@
-"""An epoch of train.py against the bare training step on one ready batch, compiled or not as train.py does it."""
+"""An epoch of train.py against the bare training step on one ready batch, compiled or recorded as train.py does it."""
 
 import bench
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
 import models
@@ -18,7 +17,7 @@ def main():
     model = models.get_model("resnet18").to(device, memory_format=torch.channels_last).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, nesterov=True, weight_decay=5e-4)
     images_a_run = 50_000 * 20  # as a whole run would decide
-    fast = train.speed_up(model, "auto", 1.0, images_a_run, args.batch_size, args.dtype)
+    step = train.training_step(model, "auto", 1.0, images_a_run, args.batch_size, args.dtype)
     images = torch.randint(0, 256, (args.images, 3, 32, 32), dtype=torch.uint8, device=device)
     labels = torch.arange(args.images, device=device) % 10
     poison = poison_training_set(labels, "wanet", 0)  # the dearest of the attacks
@@ -29,26 +28,14 @@ def main():
 
     def bare():
         for _ in range(args.images // args.batch_size):
-            with utils.autocast(device, args.dtype):
-                logits = fast(x)
-            loss = F.cross_entropy(logits.float(), y)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            step(x, y, len(x))
             optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
 
     def epoch():
         with tqdm(total=args.images, disable=True) as progress:
             train.train_epoch(
-                fast,
-                optimizer,
-                (images, labels),
-                poison,
-                backdoor,
-                config,
-                0,
-                args.dtype,
-                torch.channels_last,
-                progress.update,
+                step, optimizer, (images, labels), poison, backdoor, config, 0, torch.channels_last, progress.update
             )
 
     t = bench.in_turn({"bare step": bare, "train_epoch": epoch}, args.n, device)

@@ -99,10 +99,10 @@ def main():
     rivals = {
         "plain train": lambda: plain("train"),
         "kept train": kept["train"],
-        "ours train": lambda: train_ours(ours, ours_x, y, args.micro_batch),
+        "ours train": utils.recorded(lambda: train_ours(ours, ours_x, y, args.micro_batch), args.device),
         "plain valid": lambda: plain("valid"),
         "kept valid": kept["valid"],
-        "ours valid": lambda: utils.repeatable()(valid)(ours, ours_x, args.micro_batch),
+        "ours valid": utils.recorded(lambda: utils.repeatable()(valid)(ours, ours_x, args.micro_batch), args.device),
     }
     t = bench.in_turn(rivals, args.n, args.device)
     ask.send(None)
