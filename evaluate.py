@@ -93,7 +93,7 @@ def evaluate(model, images, labels, backdoor, target, batch_size=128, dtype=torc
 
 
 def pass_size(device, batch_size):
-    """Return how many images evaluate() takes at a time: a GPU would wait for the next of many small batches."""
+    """Return how many images to take at a time: on a GPU, which small batches would keep waiting, 1,000 at least."""
     return batch_size if device.type == "cpu" else max(batch_size, 1000)
 
 

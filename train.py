@@ -72,14 +72,14 @@ def poisoned_batch(images, labels, index, roles, poison, backdoor, generator):
     images, labels: the whole training set, uint8 (N, 3, H, W) and int64 (N,); index: int64 (B,), the batch;
     roles: int64 (B,): 0 plain, 1 poisoned, 2 WaNet's noise mode.
     """
-    index = index.to(images.device, non_blocking=True)
+    index = index.to(images.device, non_blocking=images.is_cuda)
     x, y = utils.to_float(images[index]), labels[index].clone()
-    hit = (roles == 1).nonzero()[:, 0].to(x.device, non_blocking=True)
+    hit = (roles == 1).nonzero()[:, 0].to(x.device, non_blocking=x.is_cuda)
     if len(hit):
         x[hit] = backdoor(x[hit])
         if poison.relabel:
             y[hit] = poison.target
-    noisy = (roles == 2).nonzero()[:, 0].to(x.device, non_blocking=True)
+    noisy = (roles == 2).nonzero()[:, 0].to(x.device, non_blocking=x.is_cuda)
     if len(noisy):
         x[noisy] = backdoor.noise_mode(x[noisy], generator)
     return utils.augment(x, generator), y

@@ -68,7 +68,7 @@ import models
 import pictures
 import resuming
 import utils
-from evaluate import evaluate, load_victim
+from evaluate import evaluate, load_victim, pass_size
 from models import clip_kernels
 from models.folding import fold_batch_norm, move_biases
 from records import save_record
@@ -476,7 +476,7 @@ def fuse_clips(config, device, n_images):
 
 def usual_micro_batch(device):
     """Return how many images to hold in memory at a time: enough to keep a GPU busy, few enough for a CPU's caches."""
-    return 100 if device.type == "cpu" else 1000
+    return pass_size(device, 100)
 
 
 def _batches(x, y, size, device):

@@ -242,7 +242,7 @@ def augment(images, generator, padding=4, mode="constant"):
     """
     n, _, h, w = images.shape
     device = images.device
-    # nothing here waits for a GPU: it works while the next batch is prepared
+    # nothing here waits for a CUDA device: it works while the next batch is prepared
     top = torch.randint(0, 2 * padding + 1, (n, 1), generator=generator)
     left = torch.randint(0, 2 * padding + 1, (n, 1), generator=generator)
     flip = torch.rand(n, 1, generator=generator) < 0.5
@@ -251,7 +251,7 @@ def augment(images, generator, padding=4, mode="constant"):
     cols = torch.where(flip, cols.flip(1), cols)
     padded = F.pad(images, (padding,) * 4, mode=mode).permute(0, 2, 3, 1)
     which = torch.arange(n, device=device)[:, None, None]
-    rows, cols = rows.to(device, non_blocking=True), cols.to(device, non_blocking=True)
+    rows, cols = (t.to(device, non_blocking=images.is_cuda) for t in (rows, cols))
     return padded[which, rows[:, :, None], cols[:, None]].permute(0, 3, 1, 2)
 
 

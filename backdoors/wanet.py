@@ -75,5 +75,5 @@ class WaNet(nn.Module):
         """
         source = x.device if generator is None else generator.device
         jitter = torch.rand(len(x), self.size, self.size, 2, generator=generator, device=source)
-        jitter = jitter.to(x.device, non_blocking=True) * 2 - 1
+        jitter = jitter.to(x.device, non_blocking=x.is_cuda) * 2 - 1
         return F.grid_sample(x, (self._grid() + jitter / self.size).clamp(-1, 1), align_corners=True)
