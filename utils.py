@@ -45,12 +45,15 @@ def get_device(name="auto"):
 
 
 def has_fast_bf16(device):
-    """Return whether bf16 arithmetic is faster than fp32 on this device: AVX-512 bf16 or AMX, Ampere or later."""
+    """Return whether bf16 arithmetic is faster than fp32 on this device: AMX, AMD's AVX-512 bf16, Ampere or later.
+
+    On Intel's processors AVX-512 bf16 alone does not pay: on a Xeon, convolutions ran at 0.6 to 1.3 times fp32's speed.
+    """
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device)[0] >= 8
     if device.type == "cpu" and platform.machine() in ("x86_64", "AMD64"):
-        tests = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # not in every torch
-        return any(getattr(torch.cpu, test, bool)() for test in tests)
+        by_avx512 = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()  # not in every torch
+        return has_amx(device) or (by_avx512 and not _cpu_name().startswith("Intel"))
     return False
 
 

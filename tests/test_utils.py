@@ -109,6 +109,25 @@ def test_devices_and_precisions():
                 utils.get_device(name)
 
 
+@pytest.mark.parametrize(
+    ("name", "avx512_bf16", "amx", "fast"),
+    [
+        ("AMD EPYC", True, False, True),
+        ("AMD EPYC", False, False, False),
+        ("Intel(R) Xeon(R) Processor", True, True, True),
+        ("Intel(R) Xeon(R) Processor", True, False, False),
+    ],
+)
+def test_bf16_is_taken_where_it_is_fast(monkeypatch, name, avx512_bf16, amx, fast):
+    monkeypatch.setattr(utils.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(utils, "_cpu_name", lambda: name)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16, raising=False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx, raising=False)
+    cpu = torch.device("cpu")
+    assert utils.has_fast_bf16(cpu) == fast
+    assert utils.get_dtype("auto", cpu) == (torch.bfloat16 if fast else torch.float32)
+
+
 def test_compiling_pays_for_long_runs_on_a_cpu():
     assert not utils.compiling_pays(torch.device("cpu"), 199_999, 1.0)
     assert not utils.compiling_pays(torch.device("cuda"), 10**9, 1.0)
