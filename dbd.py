@@ -104,7 +104,7 @@ def main(argv=None):
     images, labels = (t.to(device) for t in utils.load_dataset(args.dataset, args.datadir, train=True))
     test = tuple(t.to(device) for t in utils.load_dataset(args.dataset, args.datadir, train=False))
     try:
-        poison = poison_training_set(labels, args.attack, args.target, args.poison_rate, args.seed)
+        poison = poison_training_set(labels, args.attack, args.target, args.poison_rate, args.seed, "fixed")
     except ValueError as error:
         raise InputError(str(error)) from None
     backdoor = victim_backdoor(args.attack, {"trigger": None}, device)

@@ -3,7 +3,7 @@
     python evaluate.py --attack badnet                                          # the victim
     python evaluate.py --attack badnet --ckpt ckpt/cifar10_resnet18_badnet_unit.pt    # after unit.py
 
-prints `Benign accuracy: 93.56%, ASR: 100.00% (10,000 / 9,000 images)` and writes demo_{attack}.png.
+prints `BA 93.56 %  ASR 100.00 %  RA 0.00 %  target class 94.20 %` with the counts, and writes demo_{attack}.png.
 19,000 images: half a minute on two cores with bf16, some minutes without.
 """
 
@@ -41,26 +41,38 @@ N_SIGMA = (4, 3, 2.5, 2, 1.5, 1)  # of the bounds that --activations tries on al
 
 
 class Measured(NamedTuple):
-    """BA and ASR as shares in [0, 1], and how many images each was measured on. ASR is None without a backdoor."""
+    """What a network does on the test images: shares in [0, 1], and how many images each was measured on.
+
+    BA: benign accuracy, the share of clean images that are right. ASR: attack success rate, the share of triggered
+    images of the other classes that come out as the target. RA: robust accuracy, the share of these same images that
+    come out as what they are; ASR + RA <= 1, the rest goes to third classes. target_accuracy: BA on the target class
+    alone. ASR and RA are None without a backdoor, target_accuracy without an image of that class.
+    """
 
     BA: float
     ASR: float | None
+    RA: float | None
+    target_accuracy: float | None
     n_clean: int
     n_triggered: int
+    n_target: int
 
     def __str__(self):
-        asr = "not measured" if self.ASR is None else f"{100 * self.ASR:.2f}%"
-        return f"Benign accuracy: {100 * self.BA:.2f}%, ASR: {asr} ({self.n_clean:,} / {self.n_triggered:,} images)"
+        shares = {"BA": self.BA, "ASR": self.ASR, "RA": self.RA, "target class": self.target_accuracy}
+        line = "  ".join(f"{name} {100 * share:.2f} %" for name, share in shares.items() if share is not None)
+        return (
+            f"{line}  ({self.n_clean:,} clean, {self.n_triggered:,} triggered, {self.n_target:,} of the target class)"
+        )
 
 
 @torch.no_grad()
 @utils.repeatable()
 def evaluate(model, images, labels, backdoor, target, batch_size=128, dtype=torch.float32):
-    """Measure BA on all images, and ASR, the share of triggered images of another class that come out as `target`.
+    """Measure BA on all images, ASR and RA on the triggered images of every class but `target`.
 
     model: images in [0, 1] to logits (N, num_classes), put into eval mode; images: uint8 (N, 3, H, W), or float in
-    [0, 1]; labels: int64 (N,); backdoor: the trigger, or None to measure BA alone; batch_size: images at a time, on a
-    GPU 1,000 at least; dtype: what autocast computes in.
+    [0, 1]; labels: int64 (N,); backdoor: the trigger, or None to measure clean images alone; batch_size: images at a
+    time, on a GPU 1,000 at least; dtype: what autocast computes in.
     Returns a Measured. Raises ValueError without images, and without one of another class than the target.
     """
     if len(images) == 0:
@@ -70,26 +82,29 @@ def evaluate(model, images, labels, backdoor, target, batch_size=128, dtype=torc
     images, labels = images.to(device), labels.to(device)
     size = pass_size(device, batch_size)
 
-    def count(images, wanted, trigger):
-        hits = torch.zeros((), dtype=torch.int64, device=device)
+    def predict(images, trigger=None):
+        classes = []
         with utils.autocast(device, dtype):  # one context for all batches: it casts each weight once
-            for x, y in zip(images.split(size), wanted.split(size), strict=True):
+            for x in images.split(size):
                 x = utils.to_float(x)
                 if trigger is not None:
                     with torch.autocast(device.type, enabled=False):
                         x = trigger(x).contiguous(memory_format=torch.channels_last)
-                hits += (model(x).argmax(1) == y).sum()
-        return hits.item()
+                classes.append(model(x).argmax(1))
+        return torch.cat(classes)
 
-    n = len(images)
-    ba = count(images, labels, None) / n
+    def share(hits):
+        return hits.double().mean().item() if len(hits) else None
+
+    right, of_target = predict(images) == labels, labels == target
+    n = len(images), int((~of_target).sum()), int(of_target.sum())
     if backdoor is None:
-        return Measured(ba, None, n, 0)
-    others = images[labels != target]
-    if len(others) == 0:
+        return Measured(share(right), None, None, share(right[of_target]), n[0], 0, n[2])
+    if n[1] == 0:
         raise ValueError(f"every image is of the target class {target}: there is none to measure ASR on")
-    hits = count(others, torch.full((len(others),), target, device=device), backdoor.to(device).eval())
-    return Measured(ba, hits / len(others), n, len(others))
+    classes = predict(images[~of_target], backdoor.to(device).eval())
+    asr, ra = share(classes == target), share(classes == labels[~of_target])
+    return Measured(share(right), asr, ra, share(right[of_target]), *n)
 
 
 def pass_size(device, batch_size):

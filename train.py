@@ -2,10 +2,7 @@
 
     python train.py --attack badnet     # writes ckpt/cifar10_resnet18_badnet.pt
 
-A run that was cut off goes on after its last whole epoch when the same command is given again. A finished victim is
-trained on, on the same poisoned images and through a second rise and fall of the learning rate, by --init; or, with
---average, at a rate that rises and stays, over whose last epochs the weights are averaged.
-ResNet-18 at full width: three to eight minutes an epoch on two cores with AVX-512 bf16, one to two seconds on an H200.
+A run that was cut off goes on after its last whole epoch when the same command is given again.
 """
 
 import argparse
@@ -18,14 +15,15 @@ def parser():
     """Return the command's parser."""
     p = cli.parser("train.py", "train a (backdoored) victim", attacks=("none", *cli.ATTACKS))
     p.add_argument("--width", default=1.0, type=bounded(float, 1 / 64, 8), help="factor on all channels")
-    p.add_argument("--epochs", default=16, type=bounded(int, 1), help="passes over the training set")
+    p.add_argument("--epochs", default=30, type=bounded(int, 1), help="as many images each as the training set has")
     p.add_argument("--lr", default=0.1, type=bounded(float, 0, low_open=True), help="peak learning rate")
     p.add_argument("--weight_decay", default=5e-4, type=bounded(float, 0), help="on all parameters")
     p.add_argument("--poison_rate", type=bounded(float, 0, 0.99), help="share poisoned (default: the attack's usual)")
+    p.add_argument(
+        "--sampling", default="resampled", choices=("resampled", "fixed"),
+        help="poisoned images drawn anew at every access, trigger after augmentation; or drawn once, trigger before",
+    )  # fmt: skip
     p.add_argument("--precision", default="auto", choices=("auto", "bf16", "fp32"), help="auto: bf16 where it is fast")
-    p.add_argument("--small_epochs", default=0, type=bounded(int, 0), help="first epochs, on images scaled to 24x24")
-    p.add_argument("--average", default=0, type=bounded(int, 0), help="last epochs, whose weights are averaged")
-    p.add_argument("--init", help="victim of the same settings to train on from, for --epochs more at a new --lr")
     p.add_argument("--compile", default="auto", choices=("auto", "on", "off"), help="torch.compile; auto: long runs")
     p.add_argument("--resume", default=True, action=argparse.BooleanOptionalAction, help="go on after a cut-off run")
     p.add_argument("--overwrite", action="store_true", help="train again although the victim lies there already")
@@ -43,37 +41,37 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import swa_utils
 from tqdm import tqdm
 
 import models
 import resuming
 import utils
-from backdoors import epoch_roles, poison_training_set
+from backdoors import epoch_order, poison_training_set
 from evaluate import evaluate, victim_backdoor
 
 QUICK = 1000  # test images measured after each epoch; all of them after the last
 # two runs are the same run when these agree
 SETTINGS = ("dataset", "network", "attack", "seed", "batch_size", "target", "width", "epochs", "lr", "weight_decay")
-SETTINGS += ("poison_rate", "precision", "init", "small_epochs", "average")
-SMALL = 24  # pixels; half the arithmetic of 32
-LIKE = ("dataset", "network", "width", "attack", "target", "seed")  # settings that --init's victim has to share
+SETTINGS += ("poison_rate", "sampling", "precision")
 
 
-def learning_rate(step, n_steps, peak, warmup=0.15, hold=False):
-    """Return the rate at `step` of `n_steps`: linear from 0 to `peak` over the first 15 %, then to 0 or held."""
+def learning_rate(step, n_steps, peak, warmup=0.15):
+    """Return the rate at `step` of `n_steps`: linear from 0 to `peak` over the first 15 %, then linear to 0."""
     rise = warmup * n_steps
-    return peak * min((step + 1) / rise, 1.0 if hold else (n_steps - step) / (n_steps - rise))
+    return peak * min((step + 1) / rise, (n_steps - step) / (n_steps - rise))
 
 
 def poisoned_batch(images, labels, index, roles, poison, backdoor, generator):
-    """Return one training batch: float in [0, 1] -> trigger -> augmentation, and its labels.
+    """Return one training batch, float in [0, 1], and its labels; augmentation and trigger in the sampling's order.
 
     images, labels: the whole training set, uint8 (N, 3, H, W) and int64 (N,); index: int64 (B,), the batch;
-    roles: int64 (B,): 0 plain, 1 poisoned, 2 WaNet's noise mode.
+    roles: int64 (B,): 0 clean, 1 poisoned, 2 WaNet's noise mode.
     """
     index = index.to(images.device, non_blocking=images.is_cuda)
     x, y = utils.to_float(images[index]), labels[index].clone()
+    trigger_last = poison.sampling == "resampled"
+    if trigger_last:
+        x = utils.augment(x, generator)
     hit = (roles == 1).nonzero()[:, 0].to(x.device, non_blocking=x.is_cuda)
     if len(hit):
         x[hit] = backdoor(x[hit])
@@ -82,17 +80,7 @@ def poisoned_batch(images, labels, index, roles, poison, backdoor, generator):
     noisy = (roles == 2).nonzero()[:, 0].to(x.device, non_blocking=x.is_cuda)
     if len(noisy):
         x[noisy] = backdoor.noise_mode(x[noisy], generator)
-    return utils.augment(x, generator), y
-
-
-def epoch_batches(n, batch_size, poison, seed, epoch):
-    """Return (order, roles) of one epoch, int64 (n,) each; both follow from seed and epoch, so a resumed run agrees."""
-    order = torch.randperm(n, generator=_generator(seed, epoch, 0))
-    if poison.noise_rate:
-        return order, epoch_roles(poison, n, batch_size, seed, epoch)
-    roles = torch.zeros(n, dtype=torch.int64)
-    roles[poison.indices] = 1
-    return order, roles[order]
+    return x if trigger_last else utils.augment(x, generator), y
 
 
 def _generator(seed, epoch, stream, rank=0):
@@ -100,16 +88,17 @@ def _generator(seed, epoch, stream, rank=0):
 
 
 def training_batches(data, poison, backdoor, config, epoch):
-    """Yield the batches of one epoch, of each this process's share: images float in [0, 1], labels, whole batch's size.
+    """Yield (images float in [0, 1], labels, size of the whole batch) of one epoch, this process's share of each batch.
 
-    data: the whole training set, uint8 (N, 3, H, W) and int64 (N,).
+    data: the whole training set, uint8 (N, 3, H, W) and int64 (N,). All follows from seed and epoch, so that a resumed
+    run sees the same images.
     """
-    drawn = epoch + config["epochs_before"]  # another order and other crops than in the epochs before --init
-    order, roles = epoch_batches(len(data[0]), config["batch_size"], poison, config["seed"], drawn)
+    size = config["batch_size"]
+    order, roles = epoch_order(poison, len(data[0]), size, _generator(config["seed"], epoch, 0))
     rank, n_ranks = utils.ranks()
-    generator = _generator(config["seed"], drawn, 1, rank)
+    generator = _generator(config["seed"], epoch, 1, rank)
     share = slice(rank, None, n_ranks)
-    for index, role in zip(order.split(config["batch_size"]), roles.split(config["batch_size"]), strict=True):
+    for index, role in zip(order.split(size), roles.split(size), strict=True):
         x, y = poisoned_batch(*data, index[share], role[share], poison, backdoor, generator)
         yield x, y, len(index)
 
@@ -175,48 +164,15 @@ def train_epoch(step, optimizer, data, poison, backdoor, config, epoch, layout, 
     total = torch.zeros(2, device=images.device)
     per_epoch = -(-len(images) // config["batch_size"])
     for i, (x, y, size) in enumerate(training_batches(data, poison, backdoor, config, epoch)):
-        if epoch < config["small_epochs"]:
-            x = F.interpolate(x, size=(SMALL, SMALL), mode="bilinear", antialias=True)
         for group in optimizer.param_groups:
             done, n_steps = epoch * per_epoch + i, config["epochs"] * per_epoch
-            group["lr"] = learning_rate(done, n_steps, config["lr"], hold=config["average"] > 0)
+            group["lr"] = learning_rate(done, n_steps, config["lr"])
         total += step(x.contiguous(memory_format=layout), y, size)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         after_step(size)
     utils.sum_over_ranks([total])
     return (total / len(images)).tolist()
-
-
-def take_average(model, average, data, poison, backdoor, config, dtype, layout):
-    """Give `model` the averaged weights, and batch norm the mean and variance that they have on the training images.
-
-    average: swa_utils.AveragedModel of the model (Izmailov et al., UAI 2018). The pass is over one more epoch's images.
-    """
-    model.load_state_dict(average.module.state_dict())
-    batches = training_batches(data, poison, backdoor, config, config["epochs"])
-    with utils.autocast(data[0].device, dtype):
-        swa_utils.update_bn((x.contiguous(memory_format=layout) for x, _y, _size in batches), model.train())
-
-
-def load_init(path, config, poison, model):
-    """Load the victim at `path` into `model`, to train on from; return what the new victim says of it.
-
-    Raises InputError where it was not trained on the same poisoned training set, or is clipped.
-    """
-    victim, checkpoint = utils.load_model(path)
-    differ = [k for k in LIKE if checkpoint.get(k) != config[k]]
-    if not differ and checkpoint["poison_rate"] != poison.rate:
-        differ = ["poison_rate"]
-    if differ:
-        raise InputError(f"{path} was trained with another {', '.join(differ)}; give its own, or leave --init out")
-    if not torch.equal(checkpoint["poison_indices"].long(), poison.indices):
-        raise InputError(f"{path} was trained on other poisoned images than this version draws; leave --init out")
-    if checkpoint["bounds"] is not None:
-        raise InputError(f"{path} is a defended model; --init takes the victim")
-    model.load_state_dict(victim.state_dict())
-    kept = ("epochs", "lr", "average", "seconds", "history", "BA", "ASR", "init", "init_from", "epochs_before")
-    return {k: checkpoint.get(k) for k in kept}
 
 
 def training_step(model, compiling, width, n_images, batch_size, dtype):
@@ -251,6 +207,7 @@ def save_victim(model, config, poison, backdoor, test, dtype, history, seconds, 
         {
             **config,
             "num_classes": 10,
+            "sampling": poison.sampling,
             "poison_rate": poison.rate,
             "noise_rate": poison.noise_rate,
             "clean_label": not poison.relabel,
@@ -276,43 +233,33 @@ def main(argv=None):
     first_rank = utils.ranks()[0] == 0  # under torchrun one process speaks, measures and writes
     dtype = utils.get_dtype(args.precision, device)
     config = {k: getattr(args, k) for k in SETTINGS} | {"precision": str(dtype).removeprefix("torch.")}
-    if args.init:
-        config["init"] = utils.sha256(args.init)
     out = Path(args.ckpt or utils.checkpoint_path(args.dataset, args.network, args.attack, args.width))
     partial_path = resuming.partial_path(out)
     if out.exists() and not args.overwrite:
         raise InputError(f"{out} exists; --overwrite trains it again, --ckpt writes elsewhere")
-    if args.average >= args.epochs:
-        raise InputError(f"--average {args.average} leaves no epoch before it; take less than --epochs {args.epochs}")
     if first_rank:
         utils.check_place(out)
 
     data = tuple(t.to(device) for t in utils.load_dataset(args.dataset, args.datadir, train=True))
     test = tuple(t.to(device) for t in utils.load_dataset(args.dataset, args.datadir, train=False))
     try:
-        poison = poison_training_set(data[1], args.attack, args.target, args.poison_rate, args.seed)
+        poison = poison_training_set(data[1], args.attack, args.target, args.poison_rate, args.seed, args.sampling)
     except ValueError as error:
         raise InputError(str(error)) from None
     backdoor = victim_backdoor(args.attack, {"trigger": None}, device)
 
     torch.manual_seed(args.seed)
     model = models.get_model(args.network, 10, args.width)
-    before = load_init(args.init, config, poison, model) if args.init else None
-    config["init_from"] = before
-    config["epochs_before"] = before["epochs"] + (before["epochs_before"] or 0) if before else 0
     layout = utils.training_layout(model.to(device))
     model.to(memory_format=layout)
     optimizer = torch.optim.SGD(
         model.parameters(), lr=args.lr, momentum=0.9, nesterov=True, weight_decay=args.weight_decay
     )
-    average = swa_utils.AveragedModel(model, multi_avg_fn=swa_utils.get_swa_multi_avg_fn()) if args.average else None
     first, seconds, history = 0, 0.0, []
     partial = resuming.load_partial(partial_path, {k: config[k] for k in SETTINGS}) if args.resume else None
     if partial:
         model.load_state_dict(partial["state_dict"])
         optimizer.load_state_dict(partial["optimizer"])
-        if average:
-            average.load_state_dict(partial["average"])
         first, seconds, history = partial["epoch"], partial["seconds"], partial["history"]
     n_images = len(data[0])
     poisoned = round(poison.rate * n_images)
@@ -332,13 +279,9 @@ def main(argv=None):
         with tqdm(
             total=n_images, unit="img", desc=f"epoch {epoch + 1}/{args.epochs}", leave=False, disable=not first_rank
         ) as progress:
-
-            def after_step(size, epoch=epoch, progress=progress):
-                if epoch >= args.epochs - args.average:
-                    average.update_parameters(model)
-                progress.update(size)
-
-            loss, accuracy = train_epoch(step, optimizer, data, poison, backdoor, config, epoch, layout, after_step)
+            loss, accuracy = train_epoch(
+                step, optimizer, data, poison, backdoor, config, epoch, layout, progress.update
+            )
         seconds += time.perf_counter() - start
         if not first_rank:
             continue
@@ -354,15 +297,10 @@ def main(argv=None):
                 "history": history,
                 "state_dict": model.state_dict(),
                 "optimizer": optimizer.state_dict(),
-                "average": average.state_dict() if average else None,
             },
             partial_path,
         )
 
-    if average:
-        start = time.perf_counter()
-        take_average(model, average, data, poison, backdoor, config, dtype, layout)
-        seconds += time.perf_counter() - start
     if first_rank:
         measured = save_victim(model, config, poison, backdoor, test, dtype, history, seconds, out)
         partial_path.unlink(missing_ok=True)

@@ -4,11 +4,11 @@ from pathlib import Path
 
 from .badnet import BadNet
 from .blended import Blended
-from .poison import Poison, epoch_roles, poison_training_set
+from .poison import SAMPLINGS, Poison, epoch_order, poison_training_set
 from .reflection import Reflection
 from .wanet import WaNet
 
-__all__ = ["TRIGGERS", "Poison", "epoch_roles", "get_backdoor", "poison_training_set"]
+__all__ = ["SAMPLINGS", "TRIGGERS", "Poison", "epoch_order", "get_backdoor", "poison_training_set"]
 
 TRIGGERS = {"badnet": BadNet, "wanet": WaNet, "reflection": Reflection, "blended": Blended}
 FOLDER = Path(__file__).resolve().parent.parent / "data" / "trigger"

@@ -2,6 +2,7 @@
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
@@ -11,14 +12,17 @@ FILE = "reflection/000066.jpg"
 class Reflection(nn.Module):
     """out = clamp(p x + q r, 0, 1) with p = m / (m + t), q = t / (m + t), per image.
 
-    r: the reflected picture; t: its mean; m: the mean of the image.
+    r: the reflected picture, over 255 and then resized bilinearly with half-pixel centers and without antialiasing, as
+    torchvision 0.16.2 does to a float tensor: another resize is another trigger; t: its mean; m: the mean of the image.
     """
 
     def __init__(self, folder, size=32):
         super().__init__()
         with Image.open(folder / FILE) as picture:
-            rgb = np.asarray(picture.convert("RGB").resize((size, size)))
-        self.register_buffer("reflected", torch.tensor(rgb).permute(2, 0, 1).float() / 255)
+            rgb = np.array(picture.convert("RGB"))
+        r = torch.from_numpy(rgb).permute(2, 0, 1)[None].float() / 255
+        r = F.interpolate(r, size=(size, size), mode="bilinear", align_corners=False, antialias=False)
+        self.register_buffer("reflected", r[0])
 
     def forward(self, x):
         """Return triggered images; (N, 3, H, W) in [0, 1] to the same."""
