@@ -112,15 +112,18 @@ def main(argv=None):
     print(f"{args.dataset}, {tag}, {args.attack} -> {args.target}, {len(poison.indices):,} of {len(images):,} poisoned")
 
     torch.manual_seed(args.seed)
-    network = models.get_model(args.network, 10, args.width).to(device)
+    network = models.get_model(args.network, 10, args.width)
+    dbd.initialize(network)
+    network.to(device)
     network.to(memory_format=utils.training_layout(network))
     n_views = 2 * len(images) * config.simclr_epochs
     fast = torch.compile(network, dynamic=False) if utils.compiling_pays(device, n_views, args.width) else None
     settings = {k: getattr(args, k) for k in SETTINGS} | {"precision": str(dtype)} | asdict(config)
     partial = (resuming.load_partial(partial_path, settings) if args.resume else None) or {"stage": 0, "epoch": 0}
     history, seconds, peak = partial.get("history", {}), partial.get("seconds", 0.0), partial.get("peak")
+    stage = None
     for i, stage_of in enumerate(dbd.STAGES):
-        stage = stage_of(network, config, args.seed, fast)
+        stage = stage_of(network, config, args.seed, fast, stage)
         if i < partial["stage"]:
             stage.finish()
             continue

@@ -35,8 +35,19 @@ class Config:
     weight_decay: float = 5e-4
     epochs: int = 100
     batch_size: int = 256
-    temperature_low: float = 1.0  # T = low + rise * (epoch + 1) / epochs, epoch counted from 0
-    temperature_rise: float = 3.0
+    temperature_low: float = 1.0
+    temperature_rise: float = 3.0  # over all epochs: of 100, the published 0.03 per epoch
+
+
+def draw_anew(layer):
+    """Draw a layer's entries anew in place, from torch's global generator.
+
+    A convolution's weight is Kaiming normal: mean 0, variance 2 / fan_out, fan_out being output channels * kernel area.
+    A linear layer's weight and bias, and a convolution's bias, are uniform in +-1 / sqrt(fan_in).
+    """
+    layer.reset_parameters()
+    if isinstance(layer, nn.Conv2d):
+        nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
 
 
 @torch.no_grad()
@@ -44,7 +55,7 @@ def partly_fresh(model, p, seed):
     """Return a copy of `model` in which single weights of convolutions and linear layers are drawn anew.
 
     p: ((start of a layer's path, share of its weight and bias entries), ...). Each entry is replaced independently by
-    that of a freshly initialised layer; batch norm stays. Torch's global generator is left as it was.
+    that of a fresh layer, see draw_anew(); batch norm stays. Torch's global generator is left as it was.
     Raises ValueError for a layer that no path fits.
     """
     device = next(model.parameters()).device
@@ -60,15 +71,23 @@ def partly_fresh(model, p, seed):
             if share is None:
                 raise ValueError(f"p names no share for the layer {name}; add the start of its path")
             old = {k: v.clone() for k, v in layer.named_parameters()}
-            layer.reset_parameters()
+            draw_anew(layer)
             for k, fresh in layer.named_parameters():
                 replaced = torch.rand(fresh.shape, generator=generator) < share
                 fresh.copy_(torch.where(replaced, fresh, old[k]))
     return student.to(device)
 
 
+def temperature_of(epoch, config):
+    """Return T of an epoch, counted from 0; at 100 epochs 1.03, 1.06, ..., 4.00. The last epoch always has 4."""
+    return config.temperature_low + config.temperature_rise * (epoch + 1) / config.epochs
+
+
 def distillation_loss(student, teacher, temperature):
-    """Return KL(softmax(teacher / T) || softmax(student / T)), mean over the batch, of logits (B, classes) each."""
+    """Return KL(softmax(teacher / T) || softmax(student / T)), a mean over the batch; no factor T^2.
+
+    student, teacher: logits (B, classes); temperature: T.
+    """
     s, t = (F.log_softmax(logits / temperature, dim=1) for logits in (student, teacher))
     return F.kl_div(s, t, log_target=True, reduction="batchmean")
 
@@ -91,7 +110,7 @@ def repair(
     rate = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.epochs)
     training = Training(student, optimizer, torch.Generator().manual_seed(seed), rate, state)
     for epoch in range(training.done, config.epochs):
-        temperature = config.temperature_low + config.temperature_rise * (epoch + 1) / config.epochs
+        temperature = temperature_of(epoch, config)
 
         def loss_of(x, _index, temperature=temperature):
             logits = forward(student, x, dtype)

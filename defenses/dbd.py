@@ -6,7 +6,7 @@ finds easy; the rest keeps its images and loses its labels (MixMatch).
 
 Each stage is an object that trains one epoch at a time and whose whole state is a dictionary of tensors and plain
 values, so that a run which was cut off goes on with the same bits. `fast` is what computes the network's training
-batches of full size in its place: itself, compiled.
+batches of full size in its place: itself, compiled. `before` is the stage that came before.
 """
 
 import math
@@ -35,13 +35,14 @@ class Config:
     simclr_momentum: float = 0.9
     simclr_weight_decay: float = 1e-4
     views: simclr.Views = simclr.Views()
-    # stage 2: a linear layer on the frozen features
+    # stage 2: a linear layer on the features
     linear_epochs: int = 10
     linear_batch: int = 128
-    linear_lr: float = 2e-3  # of Adam
+    linear_lr: float = 2e-3  # of Adam, constant
     ce_weight: float = 0.1  # of symmetric cross-entropy
     rce_weight: float = 1.0
     rce_floor: float = 1e-4  # under which a target is not taken
+    rce_probability_floor: float = 1e-7  # nor a prediction
     # stage 3: MixMatch
     trusted_share: float = 0.5  # of the samples, those of the lowest loss
     mixmatch_epochs: int = 190
@@ -49,18 +50,29 @@ class Config:
     mixmatch_batch: int = 64  # of labelled and of unlabelled images each
     mixmatch_temperature: float = 0.5
     mixmatch_alpha: float = 0.75  # of the Beta distribution of the mixing weights
-    mixmatch_weight: float = 15.0  # of the unlabelled loss at the end; it rises linearly
-    mixmatch_lr: float = 2e-3  # of Adam
+    mixmatch_weight: float = 15.0  # lambda_u, of the unlabelled loss; reached along a linear ramp
+    mixmatch_lr: float = 2e-3  # of the same Adam, constant
+
+
+def initialize(network):
+    """Draw the weights of all convolutions anew in place, as DBD's ResNet does, from torch's global generator.
+
+    They are Kaiming normal: mean 0, variance 2 / fan_out, fan_out being output channels * kernel area.
+    """
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
 
 def symmetric_cross_entropy(logits, labels, config, reduction="mean"):
     """Return 0.1 CE + 1 RCE (Wang et al., ICCV 2019); logits (N, classes) float, labels int64 (N,).
 
-    RCE = -sum over classes of p log(max(one-hot, 1e-4)). reduction: "mean", or "none" for one value per sample.
+    RCE = -sum over classes of max(p, 1e-7) log(max(one-hot, 1e-4)).
+    reduction: "mean", or "none" for one value per sample.
     """
     ce = F.cross_entropy(logits, labels, reduction="none")
     one_hot = F.one_hot(labels, logits.shape[1]).to(logits.dtype).clamp_min(config.rce_floor)
-    rce = -(logits.softmax(1) * one_hot.log()).sum(1)
+    rce = -(logits.softmax(1).clamp_min(config.rce_probability_floor) * one_hot.log()).sum(1)
     loss = config.ce_weight * ce + config.rce_weight * rce
     return loss.mean() if reduction == "mean" else loss
 
@@ -74,7 +86,7 @@ class Contrast:
 
     number = 1
 
-    def __init__(self, network, config, seed, fast=None):
+    def __init__(self, network, config, seed, fast=None, _before=None):
         self.network, self.config, self.seed = network, config, seed
         self.fast = network if fast is None else fast
         self.linear, network.linear = network.linear, nn.Identity()
@@ -88,14 +100,14 @@ class Contrast:
         )
 
     def train_epoch(self, images, _labels, epoch, dtype, progress):
-        """Train one epoch; return {"loss", "found"}, found being the share of views whose twin was the nearest."""
+        """Train one epoch; return {"loss", "found"}, found being the share of anchors whose twin was the nearest."""
         c, g = self.config, _generator(self.seed, self.number, epoch)
         for group in self.optimizer.param_groups:
             group["lr"] = c.simclr_lr * 0.5 * (1 + math.cos(math.pi * min(epoch / c.simclr_schedule, 1)))
         self.network.train()
         self.head.train()
         batches = [b for b in torch.randperm(len(images), generator=g).split(c.simclr_batch) if len(b) > 1]
-        total, views = torch.zeros(2, device=images.device), 0
+        total, anchors = torch.zeros(2, device=images.device), 0
         for index in batches:
             x = utils.to_float(images[index.to(images.device)])
             both = torch.cat([simclr.view(x, g, c.views) for _ in range(2)])
@@ -106,9 +118,9 @@ class Contrast:
             loss.backward()
             self.optimizer.step()
             total += torch.stack((loss.detach() * len(found), found.sum()))
-            views += len(found)
+            anchors += len(found)
             progress(len(index))
-        loss, found = (total / views).tolist()
+        loss, found = (total / anchors).tolist()
         return {"loss": loss, "found": found}
 
     def finish(self):
@@ -127,26 +139,30 @@ class Contrast:
 
 
 class Linear:
-    """Stage 2: the linear layer learns on frozen features, under symmetric cross-entropy."""
+    """Stage 2: the linear layer learns on the features as they are, under symmetric cross-entropy.
+
+    No other weight moves. Batch norm is in train mode all the same: its running statistics follow the batches.
+    """
 
     number = 2
 
-    def __init__(self, network, config, seed, _fast=None):
+    def __init__(self, network, config, seed, _fast=None, _before=None):
         self.network, self.config, self.seed = network, config, seed
         self.epochs = config.linear_epochs
-        self.optimizer = torch.optim.Adam(network.linear.parameters(), lr=config.linear_lr)
+        # of the whole network, for stage 3 too: here Adam passes over what has no gradient
+        self.optimizer = torch.optim.Adam(network.parameters(), lr=config.linear_lr)
 
     def train_epoch(self, images, labels, epoch, dtype, progress):
         """Train one epoch; return {"loss", "accuracy"} on the labels as they are, poisoned ones too."""
         g = _generator(self.seed, self.number, epoch)
-        self.network.eval()  # batch norm is part of the features
+        self.network.train()
         linear, self.network.linear = self.network.linear, nn.Identity()
         total = torch.zeros(2, device=images.device)
         try:
             for index in torch.randperm(len(images), generator=g).split(self.config.linear_batch):
                 index = index.to(images.device)
                 with torch.no_grad():
-                    features = forward(self.network, utils.augment(utils.to_float(images[index]), g), dtype)
+                    features = forward(self.network, augmented(images[index], g), dtype)
                 logits = linear(features)
                 loss = symmetric_cross_entropy(logits, labels[index], self.config)
                 self.optimizer.zero_grad(set_to_none=True)
@@ -173,20 +189,26 @@ class Linear:
 
 
 class Semi(Linear):
-    """Stage 3: the whole network learns by MixMatch, from the labels it finds easy and from all other images."""
+    """Stage 3: the whole network learns by MixMatch, from the labels it finds easy and from all other images.
+
+    It goes on with the Adam of stage 2, which has moments of the linear layer alone.
+    """
 
     number = 3
 
-    def __init__(self, network, config, seed, fast=None):
-        self.network, self.config, self.seed = network, config, seed
+    def __init__(self, network, config, seed, fast=None, before=None):
+        super().__init__(network, config, seed)
         self.fast = network if fast is None else fast
         self.epochs = config.mixmatch_epochs
-        self.optimizer = torch.optim.Adam(network.parameters(), lr=config.mixmatch_lr)
+        if before is not None:
+            self.optimizer = before.optimizer
+        for group in self.optimizer.param_groups:
+            group["lr"] = config.mixmatch_lr
 
     def train_epoch(self, images, labels, epoch, dtype, progress):
         """Split anew, train one epoch; return {"loss", "trusted"}, the indices of the trusted half, on the CPU."""
         c, g = self.config, _generator(self.seed, self.number, epoch)
-        losses = sample_losses(self.network, images, labels, c, dtype)
+        losses = sample_losses(self.network, images, labels, c, dtype, g)
         trusted, others = split_by_loss(losses, c.trusted_share)
         self.network.train()
         classes = self.network.linear.out_features
@@ -207,8 +229,7 @@ class Semi(Linear):
             order = torch.randperm(len(inputs), generator=g).to(images.device)
             inputs, targets = mixmatch.mix(inputs, targets, weight, order)
             logits = forward(self.fast, inputs, dtype)
-            rise = c.mixmatch_weight * (epoch + step / c.mixmatch_steps) / c.mixmatch_epochs
-            loss = mixmatch.mixmatch_loss(logits, targets, len(known), rise)
+            loss = mixmatch.mixmatch_loss(logits, targets, len(known), unlabelled_weight(c, epoch, step))
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()
             self.optimizer.step()
@@ -217,17 +238,29 @@ class Semi(Linear):
         return {"loss": total.item() / c.mixmatch_steps, "trusted": trusted.cpu()}
 
 
+def unlabelled_weight(config, epoch, step):
+    """Return lambda_u = 15 min(1, e / 190) of a step of stage 3; epoch and step are counted from 0.
+
+    e counts epochs, and the steps of an epoch as parts of it, from the start of stage 2: it begins at 10.
+    """
+    e = config.linear_epochs + epoch + step / config.mixmatch_steps
+    return config.mixmatch_weight * min(1.0, e / config.mixmatch_epochs)
+
+
 def augmented(images, generator):
     """Return uint8 images (N, 3, H, W) as floats in [0, 1] after a random crop with reflected edges, and a flip."""
     return utils.augment(utils.to_float(images), generator, mode="reflect")
 
 
 @torch.no_grad()
-def sample_losses(network, images, labels, config, dtype, batch_size=512):
-    """Return the symmetric cross-entropy of each sample, (N,) float, the network in eval mode, no augmentation."""
+def sample_losses(network, images, labels, config, dtype, generator, batch_size=512):
+    """Return the symmetric cross-entropy of each sample, (N,) float: of one augmented view, the network in eval mode.
+
+    images: uint8 (N, 3, H, W); labels: int64 (N,); generator: on the CPU, draws the views.
+    """
     network.eval()
     losses = [
-        symmetric_cross_entropy(forward(network, utils.to_float(x), dtype), y, config, "none")
+        symmetric_cross_entropy(forward(network, augmented(x, generator), dtype), y, config, "none")
         for x, y in zip(images.split(batch_size), labels.split(batch_size), strict=True)
     ]
     return torch.cat(losses)

@@ -27,15 +27,15 @@ class Projection(nn.Module):
 
 
 def nt_xent(a, b, temperature):
-    """Return (loss, bool (2N,) whether each view's nearest other view is its twin).
+    """Return (loss, bool (N,) whether the nearest other view of each first view is its twin).
 
-    a, b: unit vectors (N, D), the two views of N images. Each of the 2N views has to tell its twin from the 2N - 2
-    others: cross-entropy over the similarities divided by the temperature, mean over all views.
+    a, b: unit vectors (N, D), the first and the second views of N images. Only the first views are anchors, as in
+    DBD's code. Each has to tell its twin among the 2N - 1 other views: cross-entropy over the similarities divided by
+    the temperature, mean over the N anchors.
     """
-    z = torch.cat((a, b))
-    similarity = z @ z.T / temperature
-    similarity.fill_diagonal_(-math.inf)
-    twin = torch.arange(len(z), device=z.device).roll(len(a))
+    similarity = a @ torch.cat((a, b)).T / temperature  # (N, 2N)
+    similarity.fill_diagonal_(-math.inf)  # of each anchor with itself
+    twin = torch.arange(len(a), 2 * len(a), device=a.device)
     return F.cross_entropy(similarity, twin), similarity.detach().argmax(1) == twin
 
 
@@ -76,9 +76,10 @@ def view(x, generator, constants=Views()):  # noqa: B008 (frozen)
 
 
 def crop_and_flip(x, area, ratio, right, down, flip):
-    """Cut a box of a share `area` of the image and width / height = `ratio`, and scale it back to (H, W).
+    """Cut a box out of each image and scale it back to (H, W): (N, 3, H, W) in [0, 1] to the same.
 
-    right, down: (N,) in [-1, 1], where the box lies in the room that it has; flip: bool (N,), mirrors it.
+    Interpolation is bicubic; what it overshoots is cut off. area: (N,), the box's share of the image; ratio: (N,), its
+    width / height; right, down: (N,) in [-1, 1], where it lies in the room that it has; flip: bool (N,), mirrors it.
     """
     w, h = (area * ratio).sqrt().clamp_max(1), (area / ratio).sqrt().clamp_max(1)
     theta = x.new_zeros(len(x), 2, 3)
@@ -86,7 +87,7 @@ def crop_and_flip(x, area, ratio, right, down, flip):
     theta[:, 1, 1] = h
     theta[:, 0, 2], theta[:, 1, 2] = right * (1 - w), down * (1 - h)
     grid = F.affine_grid(theta, list(x.shape), align_corners=False)
-    return F.grid_sample(x, grid, mode="bilinear", padding_mode="border", align_corners=False)
+    return F.grid_sample(x, grid, mode="bicubic", padding_mode="border", align_corners=False).clamp(0, 1)
 
 
 def grey(x):

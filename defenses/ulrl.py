@@ -33,7 +33,7 @@ class Config:
     # which rows are suspicious
     z_threshold: float = 3.5
     mad_scale: float = 1.4826  # MAD of a normal distribution to its standard deviation
-    max_suspicious: int = 2
+    max_suspicious: int = 2  # the first ones, by class
     # relearning
     redraw_gain: float = 2.0  # a fresh row is uniform in +-sqrt(gain / fan_in)
     relearn_lr: float = 0.005  # falls along a cosine
@@ -72,18 +72,20 @@ def unlearn(model, images, labels, config, generator, on_epoch=None, dtype=torch
 def suspicious_rows(change, config=Config()):  # noqa: B008 (frozen)
     """Return (rows whose change stands out upwards, robust z-scores): list of int, at most two; list of float.
 
-    change: (classes,), sum of |weight change| over each row. z = |c - median| / (1.4826 MAD); where MAD is 0 there is
-    no scale to stand out from: all z are 0 and no row is suspicious. Raises ValueError for a change that is no number.
+    change: (classes,), c, the sum of |weight change| over each row. z = |c - median| / (1.4826 MAD), where the median
+    of an even number of values is the lower of the two in the middle, as in MAD, the median of |c - median|.
+    A row is suspicious where z > 3.5 and c > median. Of more than two, those of the lowest class stay, not those of the
+    largest z. Where MAD is 0, all z are 0 and no row is suspicious. Raises ValueError for a change that is no number.
     """
     change = change.cpu().double()
     if not change.isfinite().all():
         raise ValueError("unlearning ended in weights that are no numbers")
-    middle = change.quantile(0.5)  # of an even number the mean of the two in the middle
+    middle = change.median()  # torch takes the lower of the two in the middle
     distance = (change - middle).abs()
-    spread = config.mad_scale * distance.quantile(0.5)
+    spread = config.mad_scale * distance.median()
     z = distance / spread if spread > 0 else torch.zeros_like(distance)
-    out = [i for i in z.argsort(descending=True).tolist() if z[i] > config.z_threshold and change[i] > middle]
-    return out[: config.max_suspicious], z.tolist()
+    out = (z > config.z_threshold) & (change > middle)
+    return out.nonzero()[: config.max_suspicious, 0].tolist(), z.tolist()
 
 
 @torch.no_grad()

@@ -40,15 +40,29 @@ def test_nt_xent_is_the_obvious_formula():
     a, b = (torch.nn.functional.normalize(torch.randn(5, 8, generator=generator(s)).double()) for s in (0, 1))
     z, temperature = [*a, *b], 0.5
     total, nearest = 0, []
-    for i in range(10):
-        twin = (i + 5) % 10
+    for i in range(5):  # the first views are the anchors
+        twin = i + 5
         others = [j for j in range(10) if j != i]
         score = {j: math.exp(float(z[i] @ z[j]) / temperature) for j in others}
         total -= math.log(score[twin] / sum(score.values()))
         nearest.append(max(others, key=score.get) == twin)
     loss, found = simclr.nt_xent(a, b, temperature)
-    assert loss.item() == pytest.approx(total / 10, rel=1e-5)
+    assert loss.item() == pytest.approx(total / 5, rel=1e-5)
     assert found.tolist() == nearest
+
+
+def test_nt_xent_by_hand():
+    a, b = torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([[1.0, 0.0], [0.6, 0.8]])
+    # similarities / 0.5 of the first anchor: 0 to a2, 2 to its twin, 1.2 to b2; of the second: 0, 0, 1.6 to its twin
+    first = math.log(1 + math.exp(2) + math.exp(1.2)) - 2
+    second = math.log(1 + 1 + math.exp(1.6)) - 1.6
+    loss, found = simclr.nt_xent(a, b, 0.5)
+    assert loss.item() == pytest.approx((first + second) / 2, rel=1e-5)
+    assert found.tolist() == [True, True]
+    # with b as the anchors: 2 to its twin, 0 to a2, 1.2 to b2; 1.6 to its twin, 1.2 to a1 and to b1
+    first = math.log(1 + math.exp(2) + math.exp(1.2)) - 2
+    second = math.log(2 * math.exp(1.2) + math.exp(1.6)) - 1.6
+    assert simclr.nt_xent(b, a, 0.5)[0].item() == pytest.approx((first + second) / 2, rel=1e-5)
 
 
 def test_identical_twins_among_strangers_are_found():
@@ -88,7 +102,23 @@ def test_a_crop_shows_its_box():
     one = torch.ones(1)
     corner = simclr.crop_and_flip(x, one / 4, one, -one, -one, ~one.bool())
     assert (corner[:, :, :-1, :-1] > 0.99).all()
-    assert simclr.crop_and_flip(x, one / 4, one, one, one, ~one.bool())[:, :, 1:, 1:].max() < 1e-6
+    assert simclr.crop_and_flip(x, one / 4, one, one, one, ~one.bool())[:, :, 1:, 1:].max() < 0.02
+
+
+def test_a_crop_is_bicubic_and_stays_in_range():
+    """Enlarged twice, a pixel lies 0.25, 0.75, 1.25 from the line; W is the cubic kernel of a = -0.75."""
+    x = torch.full((1, 3, 32, 32), 0.5)
+    x[..., 8] = 1  # a line
+    one = torch.ones(1)
+    corner = simclr.crop_and_flip(x, one / 4, one, -one, -one, ~one.bool())
+    kernel = {14: -0.10546875, 16: 0.87890625, 18: 0.26171875}  # W(1.25), W(0.25), W(0.75)
+    for column, w in kernel.items():
+        torch.testing.assert_close(corner[0, :, 5, column], torch.full((3,), 0.5 + 0.5 * w))
+    x = torch.zeros(1, 3, 32, 32)
+    x[..., 8:] = 1  # at an edge bicubic interpolation overshoots
+    corner = simclr.crop_and_flip(x, one / 4, one, -one, -one, ~one.bool())
+    assert corner.min() == 0
+    assert corner.max() == 1
 
 
 def test_jitter_by_nothing_changes_nothing(images):
@@ -141,6 +171,13 @@ def test_symmetric_cross_entropy_by_hand():
     assert loss.item() == pytest.approx(0.1 * -math.log(0.7) - 0.3 * math.log(1e-4), rel=1e-5)
 
 
+def test_predictions_are_clamped_in_symmetric_cross_entropy():
+    logits = torch.tensor([[100.0, 0.0, 0.0]], dtype=torch.float64)
+    loss = dbd.symmetric_cross_entropy(logits, torch.tensor([1]), dbd.Config())
+    # CE is 100; the predictions 1, 1e-7, 1e-7, of which the second meets log(1)
+    assert loss.item() == pytest.approx(0.1 * 100 - math.log(1e-4) * (1 + 1e-7), rel=1e-10)
+
+
 def test_the_trusted_half_has_the_lowest_losses():
     losses = torch.tensor([5.0, 1.0, 4.0, 2.0, 3.0, 0.5, 9.0])
     trusted, others = dbd.split_by_loss(losses, 0.5)
@@ -189,6 +226,15 @@ def test_mixmatch_loss_by_hand():
     assert loss.item() == pytest.approx(labelled + 3 * unlabelled, rel=1e-5)
 
 
+def test_the_weight_of_the_unlabelled_loss_rises_from_the_start_of_stage_2():
+    config = dbd.Config()
+    assert dbd.unlabelled_weight(config, 0, 0) == pytest.approx(15 * 10 / 190)
+    assert dbd.unlabelled_weight(config, 85, 0) == pytest.approx(7.5)
+    assert dbd.unlabelled_weight(config, 0, 512) == pytest.approx(15 * 10.5 / 190)
+    assert dbd.unlabelled_weight(config, 179, 1023) < 15
+    assert dbd.unlabelled_weight(config, 180, 0) == dbd.unlabelled_weight(config, 189, 1023) == 15
+
+
 # --- the stages ------------------------------------------------------------------------------------------------------
 
 
@@ -215,6 +261,20 @@ def silent(_n):
     pass
 
 
+def test_fresh_convolutions_are_kaiming_normal_by_fan_out():
+    torch.manual_seed(0)
+    network = models.get_model("resnet18", width=0.125)
+    before = {k: v.clone() for k, v in network.state_dict().items()}
+    dbd.initialize(network)
+    for name, weight in network.state_dict().items():
+        if weight.ndim < 4:
+            assert torch.equal(weight, before[name])
+            continue
+        c_out, _, k, _ = weight.shape
+        n, std = weight.numel(), math.sqrt(2 / (c_out * k * k))
+        assert abs(weight.std().item() / std - 1) < 4 / math.sqrt(2 * n)
+
+
 def test_contrast_learns_to_find_the_twin_and_gives_the_linear_layer_back(poisoned):
     torch.manual_seed(0)
     network = models.get_model("resnet18", width=0.125)
@@ -227,18 +287,58 @@ def test_contrast_learns_to_find_the_twin_and_gives_the_linear_layer_back(poison
     assert network.linear is linear
 
 
-def test_the_linear_stage_moves_the_linear_layer_alone(tiny, poisoned):
+def test_the_linear_stage_moves_the_linear_layer_and_running_statistics_alone(tiny, poisoned):
     before = {k: v.clone() for k, v in tiny.state_dict().items()}
     stage = dbd.Linear(tiny, dbd.Config(), seed=0)
     losses = [stage.train_epoch(*poisoned[:2], e, torch.float32, silent)["loss"] for e in range(3)]
     assert losses[-1] < losses[0]
     moved = {k for k, v in tiny.state_dict().items() if not torch.equal(v, before[k])}
-    assert moved == {"linear.weight", "linear.bias"}
+    statistics = {k for k, _ in tiny.named_buffers() if ".bn" in k or k.startswith("bn1") or "shortcut" in k}
+    assert len(statistics) == 3 * 20  # mean, variance and batches of each layer
+    assert moved == {"linear.weight", "linear.bias"} | statistics
+
+
+def test_the_ranking_is_of_augmented_views_in_eval_mode(tiny, poisoned):
+    images, labels = poisoned[:2]
+    before = copy.deepcopy(tiny.state_dict())
+
+    def losses(seed):
+        return dbd.sample_losses(tiny.train(), images, labels, dbd.Config(), torch.float32, generator(seed), 500)
+
+    first = losses(1)
+    assert torch.equal(first, losses(1))
+    assert (first != losses(2)).float().mean() > 0.9
+    assert all(torch.equal(v, before[k]) for k, v in tiny.state_dict().items())  # running statistics too
+    with torch.no_grad():
+        logits = tiny.eval()(utils.augment(images / 255, generator(1), mode="reflect"))
+    want = [dbd.symmetric_cross_entropy(logits[i : i + 1], labels[i : i + 1], dbd.Config()) for i in range(500)]
+    torch.testing.assert_close(first, torch.stack(want), rtol=1e-4, atol=1e-4)
+
+
+def test_one_adam_serves_stages_2_and_3(tiny, poisoned):
+    config = dbd.Config(linear_batch=100, mixmatch_steps=3, mixmatch_batch=8)
+    linear = dbd.Linear(tiny, config, seed=0)
+    linear.train_epoch(*poisoned[:2], 0, torch.float32, silent)
+    own = {id(p) for p in tiny.linear.parameters()}
+    assert {id(p) for p in linear.optimizer.state} == own
+    semi = dbd.Semi(tiny, config, 0, None, linear)
+    semi.train_epoch(*poisoned[:2], 0, torch.float32, silent)
+    steps = {id(p): state["step"].item() for p, state in semi.optimizer.state.items()}
+    assert steps == {id(p): 5 + 3 if id(p) in own else 3 for p in tiny.parameters()}
+
+
+def test_the_ramp_is_what_the_loss_gets(tiny, poisoned, monkeypatch):
+    weights, loss = [], mixmatch.mixmatch_loss
+    monkeypatch.setattr(mixmatch, "mixmatch_loss", lambda *args: (weights.append(args[-1]), loss(*args))[1])
+    config = dbd.Config(linear_epochs=1, mixmatch_epochs=4, mixmatch_steps=2, mixmatch_batch=4)
+    dbd.Semi(tiny, config, seed=0).train_epoch(*poisoned[:2], 1, torch.float32, silent)
+    assert weights == [15 * 2 / 4, 15 * 2.5 / 4]
 
 
 def test_the_semi_stage_trains_on_half_and_half(tiny, poisoned, monkeypatch):
     before = copy.deepcopy(tiny)
-    losses = dbd.sample_losses(tiny, *poisoned[:2], dbd.Config(), torch.float32)
+    split, split_by_loss = [], dbd.split_by_loss
+    monkeypatch.setattr(dbd, "split_by_loss", lambda *args: split or split.extend(split_by_loss(*args)) or split)
     stage = dbd.Semi(tiny, dbd.Config(mixmatch_steps=4, mixmatch_epochs=2), seed=0)
     now = stage.train_epoch(*poisoned[:2], 0, torch.float32, silent)
     assert len(now["trusted"]) == 250
@@ -249,7 +349,6 @@ def test_the_semi_stage_trains_on_half_and_half(tiny, poisoned, monkeypatch):
     others = torch.ones(500, dtype=torch.bool)
     others[now["trusted"]] = False
     again = dbd.Semi(before, dbd.Config(mixmatch_steps=4, mixmatch_epochs=2), seed=0)
-    monkeypatch.setattr(dbd, "sample_losses", lambda *args: losses)
     labels[others] = (labels[others] + 1) % 10
     again.train_epoch(poisoned[0], labels, 0, torch.float32, silent)
     assert torch.equal(tiny.linear.weight, before.linear.weight)
@@ -321,7 +420,7 @@ def test_a_run_that_was_cut_off_goes_on_with_the_same_bits(whole, tmp_path, monk
     def save_and_stop(checkpoint, path):
         save(checkpoint, path)
         saved.append(path)
-        if len(saved) in (1, 2, 3, 6, 7):  # within a stage, at the end of one, after all is done
+        if len(saved) in (1, 2, 4, 5, 7):  # within a stage, at the end of one, after all is done
             raise KeyboardInterrupt
 
     monkeypatch.setattr(utils, "save_checkpoint", save_and_stop)
@@ -337,6 +436,20 @@ def test_a_run_that_was_cut_off_goes_on_with_the_same_bits(whole, tmp_path, monk
     assert all(torch.equal(a["state_dict"][k], b["state_dict"][k]) for k in a["state_dict"])
     assert (a["BA"], a["ASR"]) == (b["BA"], b["ASR"])
     assert not (cut / "d.partial.pt").exists()
+
+
+def test_the_network_starts_from_the_initialisation_of_dbd(monkeypatch, tmp_path):
+    class Reached(Exception):  # noqa: N818
+        pass
+
+    def first_stage(network, *_rest):
+        raise Reached(network)
+
+    monkeypatch.setattr(dbd, "STAGES", (first_stage,))
+    with pytest.raises(Reached) as reached:
+        run(tmp_path)
+    weight = reached.value.args[0].layer4[1].conv2.weight  # of 32 channels: 9,216 entries
+    assert weight.std().item() == pytest.approx(math.sqrt(2 / (32 * 9)), rel=0.03)
 
 
 def test_the_trusted_share_of_the_poison_is_told():

@@ -119,6 +119,28 @@ def test_all_or_nothing_can_be_drawn_anew(tiny):
     assert not (fresh.linear.bias == tiny.linear.bias).any()
     limit = 1 / math.sqrt(tiny.linear.in_features)  # of torch's own initialisation
     assert 0.8 * limit < fresh.linear.weight.abs().max() <= limit
+    assert 0.5 * limit < fresh.linear.bias.abs().max() <= limit
+
+
+def test_fresh_convolutions_are_kaiming_normal_by_fan_out(tiny):
+    fresh = bcu.partly_fresh(tiny, [("", 1.0)], seed=0)
+    convolutions = [m.weight for m in fresh.modules() if isinstance(m, nn.Conv2d)]
+    assert len(convolutions) == 20
+    for weight in convolutions:
+        c_out, _, k, _ = weight.shape
+        n, std = weight.numel(), math.sqrt(2 / (c_out * k * k))
+        assert abs(weight.std().item() / std - 1) < 4 / math.sqrt(2 * n)
+        assert abs(weight.mean().item()) < 4 * std / math.sqrt(n)
+    # a normal distribution has 4.55 % of its mass beyond two standard deviations, a uniform one none
+    beyond = (convolutions[-1].abs() > 2 * convolutions[-1].std()).float().mean().item()
+    assert beyond == pytest.approx(0.0455, abs=0.006)
+
+
+def test_a_shortcut_has_the_share_of_its_stage(tiny):
+    name = "layer4.0.shortcut.0.weight"
+    replaced = bcu.partly_fresh(tiny, bcu.Config().p, seed=0).get_parameter(name) != tiny.get_parameter(name)
+    n = replaced.numel()
+    assert abs(replaced.sum().item() - 0.27 * n) < 4 * math.sqrt(n * 0.27 * 0.73)
 
 
 def test_a_layer_without_a_share_is_named(tiny):
@@ -155,6 +177,12 @@ def test_distillation_brings_the_student_to_the_teacher(tiny, clean):
     assert after < 0.5 * before
 
 
+def test_the_temperature_rises_by_the_published_steps():
+    seen = [bcu.temperature_of(epoch, bcu.Config()) for epoch in range(100)]
+    assert seen == pytest.approx([1.03 + 0.03 * epoch for epoch in range(100)])
+    assert seen[-1] == pytest.approx(4.0)
+
+
 def test_the_temperature_rises_from_first_to_last_epoch(tiny, clean, monkeypatch):
     seen = []
     loss = bcu.distillation_loss
@@ -185,8 +213,39 @@ def test_a_row_that_changed_much_more_is_suspicious():
 def test_rows_that_changed_less_are_not_suspicious_and_there_are_two_at_most():
     change = torch.tensor([-9.0, 1.0, 1.1, 0.9, 1.2, 0.8, 1.0, 1.1, 0.9, 1.0])
     assert ulrl.suspicious_rows(change)[0] == []
-    change[:4] = torch.tensor([7.0, 9.0, 8.0, 1.0])
-    assert ulrl.suspicious_rows(change)[0] == [1, 2]
+    change[[0, 2, 5, 7]] = torch.tensor([1.0, 7.0, 8.0, 9.0])
+    rows, z = ulrl.suspicious_rows(change)
+    assert rows == [2, 5]  # the first two by class
+    assert 3.5 < z[2] < z[5] < z[7]
+
+
+# each time the value of row 3 stands out from the lower of the two middle values, but not from their mean
+MEDIANS = [
+    # lower median 1.4 (mean 1.6), MAD 0.4 by both: z = 2.2 / 0.593 = 3.71, and 2.0 / 0.593 = 3.37
+    ([1.0, 1.1, 1.2, 3.6, 1.3, 1.4, 1.8, 1.9, 2.0, 2.1], 2.2 / (1.4826 * 0.4)),
+    # lower median 1.0, distances sorted 0 0 0 .1 .1 .3 .3 .3 .3 .6: lower median 0.1 (mean 0.2, so z = 2.02)
+    ([0.9, 0.9, 1.0, 1.6, 1.0, 1.0, 1.3, 1.3, 1.3, 1.3], 0.6 / (1.4826 * 0.1)),
+]
+
+
+@pytest.mark.parametrize(("change", "want"), MEDIANS)
+def test_the_median_is_the_lower_of_the_two_in_the_middle(change, want):
+    rows, z = ulrl.suspicious_rows(torch.tensor(change))
+    assert rows == [3]
+    assert z[3] == pytest.approx(want, rel=1e-5)
+    middle = np.median(change)
+    assert abs(change[3] - middle) / (1.4826 * np.median(np.abs(change - middle))) < 3.5
+
+
+def test_the_bias_does_not_count(tiny, clean, monkeypatch):
+    unlearned = copy.deepcopy(tiny)
+    with torch.no_grad():
+        unlearned.linear.weight += 1e-3 * torch.arange(1, 11)[:, None]
+        unlearned.linear.weight[6] -= 0.1
+        unlearned.linear.bias[4] += 100
+    monkeypatch.setattr(ulrl, "unlearn", lambda *_: (unlearned, {"unlearn_accuracy": [0.1]}))
+    few = clean[0][:40], clean[1][:40]
+    assert ulrl.repair(tiny, *few, ulrl.Config(relearn_epochs=1)).findings["suspicious_rows"] == [6]
 
 
 def test_unlearning_stops_at_its_accuracy_and_drops_its_rate(tiny, clean, monkeypatch):
@@ -212,16 +271,17 @@ def test_weights_that_are_no_numbers_are_said():
 
 
 def test_the_gradient_is_clipped(tiny, clean):
-    """With a bound of nothing, nothing moves."""
-    before = copy.deepcopy(tiny.state_dict())
-    optimizer = torch.optim.SGD(tiny.parameters(), lr=0.1)
+    """One step of plain descent moves the weights by the rate times the bound."""
+    before = [p.detach().clone() for p in tiny.parameters()]
+    optimizer = torch.optim.SGD(tiny.parameters(), lr=0.001)
 
     def loss_of(x, index):
         logits = tiny(x)
-        return logits.square().sum(), logits[:, 0] > 0
+        return 1000 * logits.square().sum(), logits[:, 0] > 0
 
-    train_epoch(clean[0][:20], 10, optimizer, torch.Generator(), loss_of, clip_norm=1e-20)
-    assert all(torch.equal(v, before[k]) for k, v in tiny.state_dict().items())
+    train_epoch(clean[0][:20], 20, optimizer, torch.Generator(), loss_of, clip_norm=20.0)
+    moved = sum((p - b).double().square().sum() for p, b in zip(tiny.parameters(), before, strict=True)).sqrt()
+    assert moved.item() == pytest.approx(0.02, rel=1e-3)
 
 
 def test_without_a_spread_no_row_is_suspicious():
@@ -283,7 +343,7 @@ def test_the_command_saves_what_it_measured(victim_file, tmp_path, capsys, name,
     assert (record["data"], record["labels"]) == (500, name != "bcu")
     assert record["before"]["n_triggered"] == 1800
     out = capsys.readouterr().out
-    assert f"Benign accuracy: {100 * record['after']['BA']:.2f}%" in out
+    assert f"after   BA {100 * record['after']['BA']:.2f} %  ASR" in out
     from evaluate import main as evaluate_main
 
     evaluate_main([*SMALL, "--ckpt", str(tmp_path / "d.pt"), "--outdir", str(tmp_path)])
