@@ -1,259 +1,212 @@
-"""One table in which UNIT stands beside the defences it is compared with, on every victim that lies in ckpt/.
+"""Every defense on every victim, in one table: BA / ASR / RA.
 
-    python compare.py            # runs what has no record yet, then writes the table
+    python compare.py                                    # run what has no record, then write the tables
+    python compare.py --no-run                           # write the tables of the records there are
+    python compare.py --defenses unit,acc_degrade=0.05   # other settings too, listed among all runs
 
-A cell is a run of unit.py or defend.py at its published constants, and its record in results/. What has a record for
-these very weights is not run again; a cell that fails is reported and left out. --attack, --defenses and --seeds choose
-what is run; the table holds all that has a record, of the data set, network, target and way of drawing given. Writes
-results/compare.json, results/compare.png, the table in results/README.md, and BA and ASR alone in README.md.
+A cell is a record in results/. Beside each victim stands the ceiling of RA: what the clean network of the same width
+gets on the same triggered images. The tables go into results/README.md, README.md and ckpt/README.md.
 """
 
-import argparse
+import flags  # first: it answers --help and a wrong flag before torch is imported
 
-import cli
-from cli import InputError, bounded
-
-COLUMNS = ("none", *cli.DEFENSES, "unit", "unit_budget")  # the last: unit.py --until budget
-
-
-def parser():
-    """Return the command's parser."""
-    p = cli.parser("compare.py", "fill the table of defences", attacks=("none", *cli.ATTACKS))
-    p.set_defaults(attack=None)
-    p.add_argument("--defenses", nargs="+", default=COLUMNS, choices=COLUMNS, help="which to run")
-    p.add_argument("--seeds", nargs="+", type=bounded(int, 0, 2**32 - 1), help="a run each (default: --seed alone)")
-    p.add_argument("--draw", default="first", choices=("first", "random"), help="which images of each class; by seed")
-    p.add_argument("--run", default=True, action=argparse.BooleanOptionalAction, help="run what has no record yet")
-    p.add_argument("--results", default=str(cli.ROOT / "results"), help="folder of the records")
-    p.add_argument("--page", default=str(cli.ROOT / "README.md"), help="file that holds BA and ASR in short")
-    return p
-
-
-if __name__ == "__main__":
-    parser().parse_args()  # answers --help and a wrong flag before the seconds that torch takes
-
-import json
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict
 from pathlib import Path
 
-import defend
-import pictures
-import report
-import unit
 import utils
-from records import FREE, find, load_records
+from support import plots, records
+from support.tables import markdown, percent, put
 
-# what a method's own paper reports, on its own weights: BA / ASR in %
-REPORTED = {
-    ("badnet", "dbd"): "92.50 / 0.88 (before: 95.13 / 100; poison 5 %, target 3)",
-    ("blended", "dbd"): "92.60 / 0.31 (before: 94.26 / 98.15; poison 5 %, target 3)",
-}
-
-
-def usual_settings(args, defense, attack):
-    """Return {setting: value} of a run at the published constants, without what says how or where it computes.
-
-    args: the flags of this command.
-    """
-    flags = ["--attack", attack, "--dataset", args.dataset, "--network", args.network, "--target", str(args.target)]
-    flags += ["--draw", args.draw]
-    if defense.startswith("unit"):
-        until = "steps" if defense == "unit" else "budget"
-        usual, config = unit.parser().parse_args(flags), unit.UnitConfig(until=until)
-    else:
-        usual = defend.parser().parse_args([*flags, "--defense", defense])
-        config = defend.configure(usual)
-    return {k: v for k, v in (vars(usual) | asdict(config)).items() if k not in FREE}
+# the columns of the first table, each a defense with its settings
+COLUMNS = {"none": "no defense", "ft": "FT", "bcu": "BCU", "ulrl": "ULRL", "unit": "UNIT"}
+COLUMNS |= {"unit,step_images=250": "UNIT, 250 images a step"}
 
 
-def found(records, column, victim_sum, settings):
-    """Return {seed: record} of the runs that belong into a column; `records`: {path: record}."""
-    return find(records.values(), "unit" if column.startswith("unit") else column, victim_sum, settings)
+class Victim:
+    """A checkpoint in ckpt/ that train.py made, and its records."""
+
+    def __init__(self, path, results):
+        self.path, self.sum = Path(path), utils.sha256(path)
+        self.about = {k: v for k, v in utils.load_checkpoint(path).items() if k != "state_dict"}
+        self.attack, self.folder = self.about["attack"], Path(results) / self.path.stem
+
+    def words(self, cell):
+        """Return the command that a cell, `defense[,setting=value...]`, stands for: a script and its flags."""
+        defense, *settings = cell.split(",")
+        script = ["unit.py"] if defense == "unit" else ["defend.py", "--defense", defense]
+        return [*script, "--attack", self.attack, *(f"--{setting}" for setting in settings)]
+
+    def record(self, cell):
+        """Return the record of a cell, or None. A setting that is no flag of the command ends in exit status 2."""
+        script, *words = self.words(cell)
+        args = flags.parser(script).parse_args([*words, "--results", str(self.folder.parent)])
+        victim = {"file": self.path, "attack": self.attack}
+        return records.load(records.path_of(cell.partition(",")[0], args, victim), self.sum)
+
+    def run(self, cell, args):
+        """Run a cell as a command of its own; return None, or why it failed."""
+        script, *words = self.words(cell)
+        given = {"ckpt": self.path, "datadir": args.datadir, "device": args.device, "results": args.results}
+        if cell.partition(",")[0] != "none":
+            given["out"] = utils.CKPT / f"{self.path.stem}_{cell.replace(',', '_')}.pt"
+        with tempfile.TemporaryDirectory() as folder:
+            given |= {"outdir": folder} if script == "unit.py" else {}
+            words += [word for k, v in given.items() for word in (f"--{k}", str(v))]
+            status = subprocess.run([sys.executable, str(flags.ROOT / script), *words], check=False).returncode
+        if status:
+            return f"exit status {status}, see above"
+        return "it left no record that belongs here" if self.record(cell) is None else None
 
 
-def run_cell(args, defense, attack, victim, seed):
-    """Run one cell in a process of its own; return what went wrong in a line, or None."""
-    script = {"unit": ["unit.py"], "unit_budget": ["unit.py", "--until", "budget"]}.get(defense)
-    script = script or ["defend.py", "--defense", defense]
-    flags = {"attack": attack, "ckpt": victim, "seed": seed}
-    same = ("datadir", "dataset", "network", "batch_size", "target", "device", "draw", "results")
-    flags |= {k: getattr(args, k) for k in same}
-    command = [sys.executable, str(cli.ROOT / script[0]), *script[1:]]
-    command += [text for k, v in flags.items() for text in (f"--{k}", str(v))]
-    with tempfile.TemporaryDirectory() as folder:
-        if script[0] == "unit.py":
-            command += ["--outdir", folder]
-        # of several seeds none stays in ckpt/; what a cell that was cut off goes on from lies beside it
-        out = utils.CKPT / f"{victim.stem}_{defense}_seed{seed}.pt" if len(args.seeds) > 1 else None
-        if out:
-            command += ["--out", str(out)]
-        said = b""
-        with subprocess.Popen(command, stderr=subprocess.PIPE) as process:
-            try:
-                while chunk := process.stderr.read1():
-                    sys.stderr.buffer.write(chunk)
-                    sys.stderr.flush()
-                    said = (said + chunk)[-2000:]
-            except KeyboardInterrupt:  # the cell got it too, and saves what it has
-                process.wait()
-                raise
-    if out:
-        out.unlink(missing_ok=True)
-    if process.returncode == 0:
-        return None
-    if process.returncode < 0:
-        return f"killed by signal {-process.returncode}"
-    lines = [line for line in said.decode(errors="replace").splitlines() if line.strip()]
-    return f"exit status {process.returncode}: {lines[-1] if lines else 'no word'}"
+def all_victims(args):
+    """Return the victims that the flags mean: those of full width first, the clean networks last of each width."""
+    paths = args.victims or sorted(p for p in utils.CKPT.glob("cifar10_*.pt") if ".partial" not in p.name)
+    for path in paths:
+        if not Path(path).is_file():
+            raise flags.InputError(f"no checkpoint {path}; name files that train.py made")
+    victims = [Victim(p, args.results) for p in paths]
+    victims = [v for v in victims if v.attack is not None and not v.about["defense"]]
+    return sorted(
+        victims, key=lambda v: (-v.about["width"], flags.ATTACKS.index(v.attack) if v.attack != "none" else 99)
+    )
 
 
-def victims(args):
-    """Yield (attack, file, its sum) of the victims that are there, first those of full width."""
-    for attack in ("none", *cli.ATTACKS):
-        full = utils.checkpoint_path("cifar10", args.network, attack)
-        others = sorted(full.parent.glob(full.name.replace(f"_{attack}", f"-w*_{attack}")))
-        for victim in (full, *others):
-            if victim.exists():
-                yield attack, victim, utils.sha256(victim)
+def cells_of(victim, victims, defenses):
+    """Return the cells to fill of a victim; of a clean network also what it does on the others' triggers."""
+    cells = list(defenses)
+    if victim.attack == "none" and "none" in cells:
+        others = [v for v in victims if v.attack != "none" and v.about["width"] == victim.about["width"]]
+        cells += [f"none,attack={a}" for a in dict.fromkeys(v.attack for v in others)]
+    return cells
 
 
-def fill(args):
-    """Run the cells that the flags choose and that have no record; return what went wrong, a line each."""
+def fill(victims, args):
+    """Run the cells that have no record; return what went wrong, a line each."""
     failed = []
-    for attack, victim, victim_sum in victims(args):
-        if args.attack not in (None, attack):
-            continue
-        for defense in args.defenses:
-            settings = usual_settings(args, defense, attack)
-            for seed in args.seeds:
-                if seed in found(load_records(args.results), defense, victim_sum, settings):
-                    continue
-                cell = f"{victim.stem}, {defense}, seed {seed}"
-                print(f"--- {cell}", flush=True)
-                error = run_cell(args, defense, attack, victim, seed)
-                if not error and seed not in found(load_records(args.results), defense, victim_sum, settings):
-                    error = "it left no record that belongs here"
+    for victim in victims:
+        for cell in cells_of(victim, victims, args.defenses):
+            if victim.record(cell) is None:
+                print(f"--- {victim.path.stem}, {cell}", flush=True)
+                error = victim.run(cell, args)
                 if error:
-                    failed.append(f"{cell}: {error}")
-                    print(failed[-1], file=sys.stderr)
+                    failed.append(f"{victim.path.stem}, {cell}: {error}")
     return failed
 
 
-def summarise(victim, attack, defense, runs, **about):
-    """Return one row of the table as plain values: means over the runs."""
-
-    def mean(of):
-        values = [of(r) for r in runs]
-        return None if None in values else sum(values) / len(values)
-
-    one, machines = runs[0], sorted({report.machine(r["machine"]) for r in runs})
-    outcomes = [r["findings"]["outcome"] for r in runs if "outcome" in r.get("findings", {})]
-    s = one["settings"]
-    return {
-        **{k: s.get(k) for k in ("dataset", "network", "target", "draw")},
-        "victim": victim,
-        "attack": attack,
-        "defense": defense,
-        "BA": mean(lambda r: r["after"]["BA"]),
-        "ASR": mean(lambda r: r["after"]["ASR"]),
-        "seconds": mean(lambda r: r["seconds"]) if len(machines) == 1 else None,
-        "peak_GiB": mean(lambda r: r.get("peak_GiB")) if len(machines) == 1 else None,
-        "clean_images": one["data"] if "data" in one else one["n_train"] + one["n_valid"],
-        "labels": one.get("labels", True),
-        "n": len(runs),
-        "machine": ", ".join(machines),
-        "findings": [r["findings"] for r in runs if r.get("findings")],
-        "note": "; ".join(dict.fromkeys(outcomes)) or None,
-        "reported": REPORTED.get((attack, defense)),
-        **about,
-    }
+def figures(measured):
+    """Return BA / ASR / RA of a record's "after" as the tables have it."""
+    shares = [measured.get(k) for k in ("BA", "ASR", "RA")]
+    return " / ".join(percent(s) for s in (shares if shares[1] is not None else shares[:1]))
 
 
-def rows_of(args):
-    """Return the rows of the table: every victim and defence that has a record, then the runs of DBD."""
-    records, rows = load_records(args.results), []
-    for attack, victim, victim_sum in victims(args):
-        for defense in COLUMNS:
-            usual = usual_settings(args, defense, attack)
-            # on the clean images, then on those of other sets
-            for ood in dict.fromkeys([None, *(r["settings"].get("ood") for r in records.values())]):
-                if ood is not None and "ood" not in usual:
-                    continue
-                runs = found(records, defense, victim_sum, usual | ({"ood": ood} if "ood" in usual else {}))
-                if runs:
-                    about = {"ood": ood} | ({"note": f"on images of {ood}"} if ood else {})
-                    rows.append(summarise(victim.stem, attack, defense, list(runs.values()), **about))
-    # DBD has no victim: it trains on the poisoned images itself; runs that differ in their settings are rows apart
-    alike = {}
-    for r in records.values():
-        s = r["settings"]
-        if r["defense"] == "dbd" and s["dataset"] == args.dataset and s["network"] == args.network:
-            what = json.dumps({k: v for k, v in s.items() if k not in {*FREE, "resume", "overwrite"}}, sort_keys=True)
-            alike.setdefault((s["attack"], what), {})[s["seed"]] = r
-    for (attack, what), runs in alike.items():
-        s = json.loads(what)
-        epochs = "+".join(str(s[f"{stage}_epochs"]) for stage in ("simclr", "linear", "mixmatch"))
-        rate = f"{100 * s['poison_rate']:g} %"
-        note = f"width {s['width']:g}, {epochs} epochs, poison rate {rate}, target {s['target']}"
-        rows.append(summarise(None, attack, "dbd", list(runs.values()), note=note))
-    return rows
+def ceiling(victim, victims):
+    """Return the RA of the clean network of the same width on the victim's triggered images, or None."""
+    for v in victims:
+        if v.attack == "none" and victim.attack != "none" and v.about["width"] == victim.about["width"]:
+            record = v.record(f"none,attack={victim.attack}")
+            return record and record["after"]["RA"]
+    return None
 
 
-def table(rows):
-    """Return the rows as a table in Markdown."""
-    lines = []
-    for r in rows:
-        lines.append([
-            r["victim"] or r["attack"], f"{r['defense']} ({r['note']})" if r["note"] else r["defense"],
-            report.percent(r["BA"]),
-            report.percent(r["ASR"]), "–" if r["seconds"] is None else f"{r['seconds']:.0f}",
-            "–" if r["peak_GiB"] is None else f"{r['peak_GiB']:.2f}", f"{r['clean_images']:,}",
-            "yes" if r["labels"] else "no", r["n"], r["machine"], r["reported"] or "–",
+def overview(victims):
+    """Return the first table: a line per victim, BA / ASR / RA under each defense, and the ceiling of RA."""
+    rows = []
+    for victim in victims:
+        found = [victim.record(cell) for cell in COLUMNS]
+        if any(found):
+            cells = [figures(r["after"]) if r else "–" for r in found]
+            rows.append([victim.path.stem.removeprefix("cifar10_"), *cells, percent(ceiling(victim, victims))])
+    return markdown(["BA / ASR / RA in %", *COLUMNS.values(), "ceiling of RA"], rows)
+
+
+def details(victims):
+    """Return the second table: a line per record, with the target class's accuracy, seconds and machine."""
+    rows = []
+    for victim in victims:
+        for path in sorted(victim.folder.glob("*.json")):
+            r = records.load(path, victim.sum)
+            if r is None:
+                continue
+            after, note = r["after"], r.get("findings", {}).get("outcome", "")
+            chosen = f"step {r['best_step'] + 1} of {r['steps']}" if "steps" in r else note
+            seconds = f"{r['seconds']:.0f}" if r["seconds"] else "–"
+            rows.append([
+                victim.path.stem.removeprefix("cifar10_"), path.stem, figures(after), percent(after["target_accuracy"]),
+                chosen, seconds, r["machine"]["threads"], r["commit"],
+            ])  # fmt: skip
+    header = ["victim", "run", "BA / ASR / RA in %", "target class %", "", "seconds", "threads", "commit"]
+    return markdown(header, rows)
+
+
+def victim_table(victims):
+    """Return the table of the victims: what they are, their figures, what made them."""
+    rows = []
+    for v in victims:
+        a = v.about
+        label = "clean" if v.attack == "none" else "clean-label" if a["clean_label"] else "dirty-label"
+        poison = label if v.attack == "none" else f"{label}, {100 * a['poison_rate']:g} %, {a.get('sampling') or '–'}"
+        rows.append([
+            f"`{v.path.name}`", f"{a['width']:g}", poison, a["epochs"], figures(a), percent(a.get("target_accuracy")),
+            f"{a['seconds']:.0f}", a.get("commit") or "–", f"`{v.sum[:16]}`",
         ])  # fmt: skip
-    header = ["victim", "defence", "BA %", "ASR %", "seconds", "peak GiB", "clean images", "labels", "n", "machine"]
-    return report.markdown([*header, "its own paper, on its own weights"], lines)
+    header = [
+        "file",
+        "width",
+        "poison",
+        "epochs",
+        "BA / ASR / RA in %",
+        "target class %",
+        "seconds",
+        "commit",
+        "sha256",
+    ]
+    return markdown([*header, "sha256"], rows)
 
 
-def overview(rows):
-    """Return BA / ASR alone, a line per victim, a column per defence; first the victims of full width."""
-    lines = {}
-    for r in rows:
-        if r["victim"] and not r["ood"]:
-            n = f" (n = {r['n']})" if r["n"] > 1 else ""
-            lines.setdefault(r["victim"], {})[r["defense"]] = (
-                f"{report.percent(r['BA'])} / {report.percent(r['ASR'])}{n}"
-            )
-    ordered = sorted(lines.items(), key=lambda line: "-w" in line[0])
-    return report.markdown(
-        ["BA / ASR in %", *COLUMNS], [[victim, *(line.get(c, "–") for c in COLUMNS)] for victim, line in ordered]
-    )
+def write_tables(victims, args):
+    """Write the tables and the picture of the records that there are."""
+    page = Path(args.results) / "README.md"
+    if not page.exists():
+        utils.write_whole(page, lambda p: p.write_text(EMPTY_PAGE))
+    put(page, "overview", overview(victims))
+    put(page, "details", details(victims))
+    if Path(args.results).resolve() == flags.RESULTS and not args.victims:
+        put(flags.ROOT / "README.md", "overview", overview([v for v in victims if v.about["width"] == 1]))
+        put(utils.CKPT / "README.md", "victims", victim_table(victims))
+    compared = [
+        {"victim": v.path.stem, "defense": name, **r["after"]}
+        for v in victims
+        for c, name in COLUMNS.items()
+        if (r := v.record(c))
+    ]
+    plots.draw_compared(compared, Path(args.results) / "pictures" / "compare.png")
 
 
 def main(argv=None):
     """The command."""
-    args = parser().parse_args(argv)
-    args.seeds = args.seeds or [args.seed]
-    usual = all(getattr(args, k) == parser().get_default(k) for k in ("dataset", "network", "target", "draw"))
-    ours = Path(args.page).resolve() == cli.ROOT / "README.md" or Path(args.results).resolve() == cli.ROOT / "results"
-    if not usual and ours:
-        raise InputError("README.md holds the full set's table at the defaults; give your own --page and --results")
-    report.check_mark(Path(args.page), "compare.py")
-    failed = fill(args) if args.run else []
-    rows = rows_of(args)
-    if not rows:
-        raise InputError("there is nothing to show; train a victim first: python train.py --attack badnet")
-    print(table(rows))
-    utils.save_json(rows, Path(args.results) / "compare.json")
-    pictures.draw_compared(rows, Path(args.results) / "compare.png")
-    report.put_section(Path(args.results) / "README.md", "All defences", table(rows), "compare.py")
-    report.put(Path(args.page), overview(rows), "compare.py")
+    args = flags.parser("compare.py").parse_args(argv)
+    for cell in args.defenses:
+        if cell.partition(",")[0] not in COLUMNS or not all("=" in s for s in cell.split(",")[1:]):
+            known = ", ".join(c for c in COLUMNS if "," not in c)
+            raise flags.InputError(f"no column {cell!r}; write one of {known}, then ,setting=value")
+    victims = all_victims(args)
+    if not victims:
+        raise flags.InputError("there is nothing to compare; train a victim first: python train.py --attack badnet")
+    for cell in args.defenses:
+        victims[0].record(cell)  # a setting that is no flag is known before anything runs,
+    write_tables(victims, args)  # and so is a page without a place for a table
+    failed = fill(victims, args) if args.run else []
+    write_tables(victims, args)
+    print(overview(victims))
     if failed:
         print("\n".join(["failed:", *failed]), file=sys.stderr)
         sys.exit(1)
 
 
+EMPTY_PAGE = "# Figures\n\n<!-- begin: overview -->\n<!-- end -->\n\n<!-- begin: details -->\n<!-- end -->\n"
+
+
 if __name__ == "__main__":
-    cli.run(main)
+    flags.run(main)

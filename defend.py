@@ -1,41 +1,16 @@
-"""The defences that UNIT is compared with: one of them on one victim, saved so that evaluate.py takes it.
+"""The defenses that UNIT is compared with: one of them on one victim, saved so that evaluate.py takes it.
 
     python defend.py --defense bcu --attack badnet
+    python defend.py --defense dbd --attack badnet    # trains a network on the poisoned images themselves
 
-A run that was cut off goes on, from a minute and an epoch before at most, when the same command is given again.
-ft: fine-tuning; bcu: Backdoor Cleansing with Unlabeled Data (CVPR 2023); ulrl: UnLearn and ReLearn (2024); none:
-nothing is changed, the victim is measured. Each runs at its published constants. The methods are in defenses/.
+ft: fine-tuning; bcu: Backdoor Cleansing with Unlabeled Data (CVPR 2023); ulrl: UnLearn and ReLearn (2024); dbd:
+Decoupling the Training Process (ICLR 2022); none: nothing is changed, the victim is measured. Each runs at its
+published constants. A run that was cut off goes on when the same command is given again.
 """
 
-import argparse
+import flags  # first: it answers --help and a wrong flag before torch is imported
+from flags import InputError
 
-import cli
-from cli import InputError, bounded
-
-
-def parser():
-    """Return the command's parser."""
-    p = cli.parser("defend.py", "repair a victim by another defence than UNIT", attacks=("none", *cli.ATTACKS))
-    p.add_argument("--defense", required=True, choices=("none", *cli.DEFENSES), help="which one")
-    p.add_argument(
-        "--data_rate", type=bounded(float, 0, 1, low_open=True),
-        help="share of the training set that is clean data (default: the method's own; all of cifar10_sample)",
-    )  # fmt: skip
-    p.add_argument("--epochs", type=bounded(int, 1), help="of ft and bcu, instead of the published number")
-    p.add_argument("--draw", default="first", choices=("first", "random"), help="which images of each class; by --seed")
-    p.add_argument("--ood", metavar="FILE", help="images of another set for bcu: .npy, or IDX as of Fashion-MNIST")
-    p.add_argument("--precision", default="auto", choices=("auto", "bf16", "fp32"), help="auto: bf16 where it is fast")
-    p.add_argument("--resume", default=True, action=argparse.BooleanOptionalAction, help="go on after a cut-off run")
-    p.add_argument("--ckpt", help="victim to defend (default: the one of --network and --attack)")
-    p.add_argument("--out", help="where to save (default: ckpt/{dataset}_{network}_{attack}_{defense}[_ood].pt)")
-    p.add_argument("--results", default=str(cli.ROOT / "results"), help="folder of the JSON record")
-    return p
-
-
-if __name__ == "__main__":
-    parser().parse_args()  # answers --help and a wrong flag before the seconds that torch takes
-
-import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import ClassVar
@@ -43,16 +18,19 @@ from typing import ClassVar
 import torch
 from tqdm import tqdm
 
-import resuming
+import data
+import models
 import utils
-from defenses import DEFENSES
-from defenses.foreign import load_images
-from evaluate import evaluate, load_victim
-from records import save_record
+from backdoors import poison_training_set
+from defenses import DEFENSES, dbd
+from evaluate import evaluate
+from fast.training import compiled, training_layout
+from support import inputs, machine, records
+from support.resume import Partial
 
 
 @dataclass(frozen=True)
-class NoDefence:
+class NoDefense:
     """The constants of doing nothing."""
 
     uses_labels: ClassVar[bool] = False
@@ -61,125 +39,201 @@ class NoDefence:
 
 def configure(args):
     """Return the constants of the method that the flags mean. Raises InputError for a flag it has no use for."""
+    if args.defense == "dbd":
+        config, stages = dbd.Config(), ("simclr_epochs", "linear_epochs", "mixmatch_epochs")
+        if args.data_rate:
+            raise InputError("dbd sees the whole training set; leave --data_rate out")
+        if args.epochs and len(args.epochs) != len(stages):
+            raise InputError("dbd has three stages; give --epochs three numbers, as in 100 10 190")
+        return replace(config, **dict(zip(stages, args.epochs or (), strict=False)))
+    if args.width != 1.0 or args.poison_rate is not None or args.overwrite:
+        raise InputError(f"--width, --poison_rate and --overwrite are dbd's; leave them out for {args.defense}")
     if args.defense == "none":
-        if args.epochs or args.data_rate or args.ood:
-            raise InputError("without a defense --epochs, --data_rate and --ood are of no use; leave them out")
-        return NoDefence()
+        if args.epochs or args.data_rate:
+            raise InputError("without a defense --epochs and --data_rate are of no use; leave them out")
+        return NoDefense()
     config = DEFENSES[args.defense].Config()
-    changes = {"data_rate": args.data_rate or (1.0 if args.dataset == "cifar10_sample" else config.data_rate)}
-    if args.epochs is not None:
-        if not hasattr(config, "epochs"):
-            raise InputError(f"{args.defense} has no --epochs; leave it out")
-        changes["epochs"] = args.epochs
-    if args.ood and config.uses_labels:
-        raise InputError(f"{args.defense} needs labels, so --ood is of no use to it; leave it out")
-    return replace(config, **changes)
+    usual = 1.0 if args.dataset == "cifar10_sample" else config.data_rate
+    config = replace(config, data_rate=args.data_rate or usual)
+    if args.epochs is None:
+        return config
+    if not hasattr(config, "epochs") or len(args.epochs) != 1:
+        raise InputError(f"{args.defense} takes {'one' if hasattr(config, 'epochs') else 'no'} number for --epochs")
+    return replace(config, epochs=args.epochs[0])
 
 
-def clean_data(args, config, device):
-    """Return (images uint8 (N, 3, H, W), labels int64 (N,) or None) that the defence may see."""
-    images, labels = utils.load_dataset(args.dataset, args.datadir, train=True)
-    drawing = torch.Generator().manual_seed(args.seed) if args.draw == "random" else None
-    chosen = torch.cat(utils.defence_split(labels, config.data_rate, generator=drawing))
-    if args.ood:
-        return load_images(args.ood, len(chosen), seed=args.seed).to(device), None
-    return images[chosen].to(device), labels[chosen].to(device) if config.uses_labels else None
-
-
-def repair_settings(args, config, victim_sum, dtype, device):
-    """Return what the bits of a repair follow from, as plain values. Raises InputError where --ood cannot be read."""
-    settings = resuming.settings_of(args, config, victim_sum, device)
-    return settings | {"defense": args.defense, "precision": str(dtype), "ood": args.ood and utils.sha256(args.ood)}
-
-
-def repair(args, model, data, config, dtype, partial, keep):
-    """Run the method on `model`; return (Repaired, seconds, those before it was cut off too).
-
-    data: what clean_data() returns; partial: {"state", "step", "seconds", ...} to go on from; keep: see
-    defenses/__init__.py.
-    """
-    images, labels = data
-    source = f" of {Path(args.ood).name}" if args.ood else ""
-    print(f"{args.defense}: {len(images):,} clean images{source}, labels{'' if config.uses_labels else ' not'} used")
-    start = time.perf_counter()
+def repair(args, config, model, partial, dtype):
+    """Run the method on `model`; return (Repaired, how many clean images it saw)."""
+    device = next(model.parameters()).device
+    x_train, y_train, x_valid, y_valid = inputs.defense_data(args, config.data_rate)
+    images, labels = torch.cat((x_train, x_valid)).to(device), torch.cat((y_train, y_valid)).to(device)
+    print(
+        f"{args.defense}: {len(images):,} clean images, labels{'' if config.uses_labels else ' not'} used", flush=True
+    )
+    partial.begin()
     total = getattr(config, "epochs", None)  # ulrl ends when it has unlearned enough
-    with tqdm(total=total, unit="epoch", initial=partial["step"]) as progress:
+    with tqdm(total=total, unit="epoch", initial=partial.step) as progress:
 
-        def on_epoch(epoch, now):
+        def callback(now, state_of):
             progress.update()
-            progress.write(f"epoch {epoch + 1:3d}  " + "  ".join(f"{k} {v:.4f}" for k, v in now.items()))
+            progress.write(f"epoch {progress.n:3d}  " + "  ".join(f"{k} {v:.4f}" for k, v in now.items()))
+            partial.keep(progress.n, state_of)
 
         try:
             repaired = DEFENSES[args.defense].repair(
-                model, images, labels, config, args.seed, on_epoch, dtype, keep, partial["state"]
+                model, images, labels if config.uses_labels else None, config, args.seed, dtype, callback, partial.state
             )
-        except ValueError as error:  # of this victim, or of weights that went astray
+        except ValueError as error:  # of this victim, or of weights that went astray; it would be the same again
+            partial.remove()
             raise InputError(f"{args.defense} cannot repair this victim: {error}") from None
-    seconds = partial["seconds"] + time.perf_counter() - start
     for name, value in repaired.findings.items():
         print(f"{name}: {value}")
-    return repaired, seconds
+    return repaired, len(images)
+
+
+def rounded(model):
+    """Round the weights of `model` to half precision, in place, as they are saved; return that state dict."""
+    state = utils.half_weights(model.state_dict())
+    model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in state.items()})
+    model.to(memory_format=torch.channels_last)
+    return state
+
+
+def defend(args, config, device, dtype):
+    """Repair a victim, or measure it."""
+    path, model, checkpoint, backdoor = inputs.load_victim(args, device)
+    if checkpoint["bounds"] is not None or checkpoint["defense"]:
+        raise InputError(f"{path} is a defended model; give --ckpt the victim")
+    tag = utils.network_tag(checkpoint["network"], checkpoint["width"])
+    out = Path(args.out or utils.CKPT / f"{args.dataset}_{tag}_{args.attack}_{args.defense}.pt")
+    if out.resolve() == path.resolve():
+        raise InputError(f"--out is the victim {path} itself; give another place")
+    victim = {"file": path.name, "sha256": utils.sha256(path), "attack": checkpoint["attack"]}
+    record_at = records.path_of(args.defense, args, victim)
+    for place in (out, record_at):
+        utils.check_place(place)
+    test_set = tuple(t.to(device) for t in data.load_dataset(args.dataset, args.datadir, train=False))
+
+    def measure(model):
+        return evaluate(model, *test_set, backdoor, args.target, args.batch_size, dtype)
+
+    before = after = measure(model)
+    figures = {"data": 0, "labels": False, "seconds": 0.0}
+    if args.defense == "none":
+        print(f"{path}\n{before}")
+    else:
+        settings = {k: getattr(args, k) for k in ("defense", "dataset", "data_rate", "draw", "seed")} | asdict(config)
+        settings |= {"victim": victim["sha256"], "precision": str(dtype)}
+        partial = Partial(out, settings, device, args.resume)
+        print(f"{path}\nbefore  {before}{partial.said()}", flush=True)
+        repaired, n = repair(args, config, model, partial, dtype)
+        seconds, state = partial.seconds_so_far(), rounded(repaired.model)
+        after = measure(repaired.model)
+        print(f"after   {after}\n{seconds:.1f} s")
+        made = {"name": args.defense, **asdict(config), "findings": repaired.findings}
+        utils.save_checkpoint({**checkpoint, **after._asdict(), "state_dict": state, "defense": made}, out)
+        figures = {"data": n, "labels": config.uses_labels, "seconds": seconds, "peak_GiB": partial.peak_so_far()}
+        figures |= {"findings": repaired.findings}
+        print(f"wrote {out}")
+    figures |= {"before": before._asdict(), "after": after._asdict(), "precision": str(dtype).removeprefix("torch.")}
+    records.save(record_at, args.defense, args, config, victim, device, figures)
+    print(f"wrote {record_at}")
+    if args.defense != "none":
+        partial.remove()
+
+
+@torch.no_grad()
+def poisoned_set(images, labels, poison, backdoor, batch_size=1000):
+    """Return the training set as the attacker leaves it on disk: (uint8 images, int64 labels), new tensors.
+
+    images: uint8 (N, 3, H, W); labels: int64 (N,), on any device.
+    """
+    images, labels = images.clone(), labels.clone()
+    if backdoor is None:
+        return images, labels
+    for index in poison.indices.to(images.device).split(batch_size):
+        images[index] = (backdoor(data.to_float(images[index])) * 255).round().clamp(0, 255).to(torch.uint8)
+        if poison.relabel:
+            labels[index] = poison.target
+    return images, labels
+
+
+def train_by_dbd(args, config, device, dtype):
+    """Train a network with DBD on poisoned images, which lie on a disk: fixed, the trigger before augmentation."""
+    tag = utils.network_tag(args.network, args.width)
+    out = Path(args.out or utils.CKPT / f"{args.dataset}_{tag}_{args.attack}_dbd.pt")
+    if out.exists() and not args.overwrite:
+        raise InputError(f"{out} exists; --overwrite trains it again, --out writes elsewhere")
+    victim = {"file": f"{args.dataset}_{tag}_{args.attack}.pt", "sha256": None, "attack": args.attack}
+    record_at = records.path_of("dbd", args, victim)
+    for place in (out, record_at):
+        utils.check_place(place)
+    if args.attack == "wanet":
+        raise InputError("WaNet poisons each batch while it trains: there is no poisoned set that DBD could be given")
+    images, labels = (t.to(device) for t in data.load_dataset(args.dataset, args.datadir, train=True))
+    test_set = tuple(t.to(device) for t in data.load_dataset(args.dataset, args.datadir, train=False))
+    try:
+        poison = poison_training_set(labels, args.attack, args.target, args.poison_rate, args.seed, "fixed")
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    backdoor = inputs.load_trigger(args.attack, {"trigger": None}, device)
+    images, labels = poisoned_set(images, labels, poison, backdoor)
+    print(f"{args.dataset}, {tag}, {args.attack} -> {args.target}, {len(poison.indices):,} of {len(images):,} poisoned")
+
+    torch.manual_seed(args.seed)
+    network = models.get_model(args.network, 10, args.width).to(device)
+    dbd.initialize(network)
+    network.to(memory_format=training_layout(network))
+    keys = ("dataset", "network", "attack", "seed", "target", "width", "poison_rate")
+    settings = {k: getattr(args, k) for k in keys} | {"precision": str(dtype)} | asdict(config)
+    partial = Partial(out, settings, device, args.resume)
+    print(partial.said().strip() or "stage 1 of 3", flush=True)
+    history = partial.state["history"] if partial.state else {}
+
+    def measure():
+        return evaluate(network, *test_set, backdoor, args.target, args.batch_size, dtype)
+
+    def callback(stage, epoch, now, state_of):
+        if "trusted" in now:  # not which samples are trusted, but what share of the poisoned ones
+            trusted = now.pop("trusted")
+            if len(poison.indices):
+                now["poisoned_trusted"] = torch.isin(poison.indices, trusted).float().mean().item()
+        line = "  ".join(f"{k} {v:.4f}" for k, v in now.items())
+        print(f"stage {stage.number} epoch {epoch + 1:3d}  {line}  {partial.seconds_so_far():.0f} s", flush=True)
+        history.setdefault(f"stage_{stage.number}", []).append(now)
+        if stage.number > 1 and epoch + 1 == stage.epochs:
+            print(f"after stage {stage.number}  {measure()}", flush=True)
+        done = sum(len(epochs) for epochs in history.values())
+        partial.keep(done, lambda: {"training": state_of(), "history": history}, now=True)
+
+    whole = compiled(network, 2 * len(images) * config.simclr_epochs, args.width)
+    state = partial.state["training"] if partial.state else None
+    dbd.train(network, images, labels, config, args.seed, dtype, whole, callback, state)
+    seconds, state = partial.seconds_so_far(), rounded(network)
+    after = measure()
+    about = {k: getattr(args, k) for k in ("dataset", "network", "width", "attack", "target", "seed")}
+    about |= {"num_classes": 10, "poison_rate": poison.rate, "poison_indices": poison.indices.to(torch.int32)}
+    about |= {"trigger": None if backdoor is None else {k: v.cpu() for k, v in backdoor.state_dict().items()}}
+    made = {"bounds": None, "state_dict": state, "defense": {"name": "dbd", **asdict(config)}}
+    utils.save_checkpoint({**about, **made, **after._asdict()}, out)
+    figures = {"after": after._asdict(), "seconds": seconds, "peak_GiB": partial.peak_so_far()}
+    figures |= {"data": len(images), "poisoned": len(poison.indices), "labels": True}
+    figures |= {"last": {stage: epochs[-1] for stage, epochs in history.items()}}
+    records.save(record_at, "dbd", args, config, victim, device, figures)
+    partial.remove()
+    print(f"{after}\nwrote {out} and {record_at} after {seconds:.0f} s")
 
 
 @utils.repeatable()
 def main(argv=None):
     """The command."""
-    args = parser().parse_args(argv)
+    args = flags.parser("defend.py").parse_args(argv)
     config = configure(args)
     device = utils.get_device(args.device)
     dtype = utils.get_dtype(args.precision, device)
-    utils.reset_peak_memory(device)
-    path, model, checkpoint, backdoor, target = load_victim(args, device)
-    if checkpoint["bounds"] is not None or checkpoint.get("defence"):
-        raise InputError(f"{path} is a defended model; give --ckpt the victim")
-    tag = utils.network_tag(checkpoint["network"], checkpoint["width"])
-    what = f"{args.defense}_ood" if args.ood else args.defense
-    out = Path(args.out or utils.CKPT / f"{args.dataset}_{tag}_{args.attack}_{what}.pt")
-    if out.resolve() == path.resolve():
-        raise InputError(f"--out is the victim {path} itself; give another place")
-    for place in (out, Path(args.results) / "record.json"):
-        utils.check_place(place)
-    victim = {"file": path.name, "sha256": utils.sha256(path)}
-    partial = resuming.FRESH
-    if args.defense != "none":
-        settings = repair_settings(args, config, victim["sha256"], dtype, device)
-        kept_at = resuming.partial_path(out, settings)
-        partial = (resuming.load_partial(kept_at, settings) if args.resume else None) or partial
-        data = clean_data(args, config, device)
-    test = tuple(t.to(device) for t in utils.load_dataset(args.dataset, args.datadir, train=False))
-    before = evaluate(model, *test, backdoor, target, args.batch_size, dtype)
-    print(f"before  {before}", flush=True)
-    figures = {"data": 0, "labels": False, "seconds": 0.0, "before": before._asdict(), "after": before._asdict()}
-
-    if args.defense != "none":
-        if partial["step"]:
-            print(f"going on after {partial['step']} epochs ({kept_at})", flush=True)
-        keep = resuming.keeping(kept_at, settings, partial, device)
-        try:
-            repaired, seconds = repair(args, model, data, config, dtype, partial, keep)
-        except InputError:  # it would be the same again
-            kept_at.unlink(missing_ok=True)
-            raise
-        # measured as it is saved: with weights in half precision
-        state = utils.half_weights(repaired.model.state_dict())
-        repaired.model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in state.items()})
-        repaired.model.to(memory_format=torch.channels_last)
-        after = evaluate(repaired.model, *test, backdoor, target, args.batch_size, dtype)
-        print(f"after   {after}\n{seconds:.1f} s")
-        defence = {"name": args.defense, **asdict(config), "findings": repaired.findings}
-        utils.save_checkpoint({**checkpoint, **after._asdict(), "state_dict": state, "defence": defence}, out)
-        print(f"wrote {out}")
-        figures |= {"data": len(data[0]), "labels": config.uses_labels, "seconds": seconds, "after": after._asdict()}
-        figures |= {"history": repaired.history, "findings": repaired.findings, "resumed_after": partial["step"]}
-    figures |= {
-        "peak_GiB": resuming.peak_so_far(partial["peak"], device),
-        "precision": str(dtype).removeprefix("torch."),
-    }
-    args.ood = args.ood and Path(args.ood).name  # the record names no place of this machine
-    print(f"wrote {save_record(args.defense, args, config, victim, device, tag, **figures)}")
-    if args.defense != "none":
-        kept_at.unlink(missing_ok=True)
+    machine.reset_peak_memory(device)
+    (train_by_dbd if args.defense == "dbd" else defend)(args, config, device, dtype)
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    flags.run(main)

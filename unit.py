@@ -1,79 +1,34 @@
 """UNIT: Backdoor Mitigation via Automated Neural Distribution Tightening (Cheng et al., ECCV 2024).
 
     python unit.py --attack badnet                                          # the paper's: 2,500 images, 300 steps
+    python unit.py --attack badnet --step_images 250                        # an eighth of the images at a time
     python unit.py --attack badnet --dataset cifar10_sample --n_steps 100   # 500 embedded images, no download
-    python unit.py --attack badnet --max_minutes 30                         # what can be found in that time
 
-Every neuron of a trained network gets an upper bound on its activation, as tight as a small loss of accuracy on the
-defence images allows; a trigger's outsized activations are clipped there. The weights never change.
-A run that was cut off goes on, from a minute and a step before at most, when the same command is given again.
+Every neuron of a trained network gets an upper bound on its activation, as tight as a small loss of accuracy on clean
+images allows; a trigger's outsized activations are clipped there. The weights never change.
 """
 
-import argparse
-
-import cli
-from cli import InputError, bounded
-
-
-def parser():
-    """Return the command's parser; the first flags have the authors' names and defaults."""
-    p = cli.parser("unit.py", "mitigate a backdoor by tight bounds on activations", attacks=("none", *cli.ATTACKS))
-    p.add_argument("--phase", default="unit", choices=("unit", "test"), help="test: measure what an earlier run saved")
-    p.add_argument("--lr", default=1e-3, type=bounded(float, 0, low_open=True), help="learning rate of the bounds")
-    p.add_argument("--n_steps", default=300, type=bounded(int, 1), help="steps, each over all training images")
-    p.add_argument(
-        "--until", default="steps", choices=("steps", "budget"),
-        help="steps: the authors' search; budget: ours, until acc_degrade is used, 2 * n_steps at most",
-    )  # fmt: skip
-    p.add_argument(
-        "--data_rate", type=bounded(float, 0, 1, low_open=True),
-        help="share of the training set that is defence data (default: 0.05; all of cifar10_sample)",
-    )  # fmt: skip
-    p.add_argument("--draw", default="first", choices=("first", "random"), help="which images of each class; by --seed")
-    p.add_argument("--acc_degrade", default=0.03, type=bounded(float, 0, 1), help="validation accuracy it may cost")
-    p.add_argument(
-        "--micro_batch", type=bounded(int, 1), help="images in memory at a time (default: 100 on a CPU, else 1000)"
-    )
-    p.add_argument("--precision", default="auto", choices=("auto", "bf16", "fp32"), help="auto: bf16 where it is fast")
-    p.add_argument("--compile", default="auto", choices=("auto", "on", "off"), help="the clips; auto: where it pays")
-    p.add_argument(
-        "--max_minutes", type=bounded(float, 0, low_open=True),
-        help="end the search then, with the best bounds so far; given again, the command goes on",
-    )  # fmt: skip
-    p.add_argument("--resume", default=True, action=argparse.BooleanOptionalAction, help="go on after a cut-off run")
-    p.add_argument("--ckpt", help="victim to defend (default: the one of --network and --attack)")
-    p.add_argument("--out", help="where to save (default: ckpt/{dataset}_{network}_{attack}_unit[_budget].pt)")
-    p.add_argument("--outdir", default=".", help="folder of the picture")
-    p.add_argument("--results", default=str(cli.ROOT / "results"), help="folder of the JSON record")
-    return p
-
-
-if __name__ == "__main__":
-    parser().parse_args()  # answers --help and a wrong flag before the seconds that torch takes
+import flags  # first: it answers --help and a wrong flag before torch is imported
 
 import copy
 import math
-import sys
-import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import nn
-from tqdm import tqdm
 
+import data
+import fast
 import models
-import pictures
-import resuming
 import utils
-from evaluate import evaluate, load_victim, pass_size
-from models import clip_kernels
-from models.folding import fold_batch_norm, move_biases
-from records import save_record
+from evaluate import evaluate
+from fast import ranks
+from support import inputs, machine, plots, records
+from support.resume import Partial
+from support.watch import Watch
 
-# --- the method -----------------------------------------------------------------------------------------------------
+# --- the method -------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -82,23 +37,19 @@ class UnitConfig:
 
     lr: float = 1e-3  # of Adam on the bounds
     n_steps: int = 300
-    until: str = "steps"  # the authors' search; "budget": ours, see BudgetSchedule
+    step_images: int | None = None  # training images of a step, drawn anew each time; None: all, as published
     acc_degrade: float = 0.03  # accuracy on the validation images that may be lost
     n_sigma: float = 4.0  # bounds start at mean + 4 std
-    alpha: float = 1e-3  # weight of the tightening term at the start, and what it is reset to
+    alpha: float = 1e-3  # weight of R at the start, and what it is reset to
     alpha_up: float = 2.0  # factor after `patience` good steps in a row
     alpha_down: float = 2**1.5  # divisor after `patience` bad steps in a row
     patience: int = 5
     betas: tuple[float, float] = (0.5, 0.9)  # of Adam
     eps: float = 1e-8  # of Adam; it matters, the gradient of alpha * R is itself about 1e-8
+    seed: int = 0  # of the draw of step_images
     micro_batch: int | None = None  # images in memory at a time, None: by device; changes nothing but rounding
     precision: str = "fp32"  # of the network's arithmetic, or bf16; the bounds are fp32 always
-    compile: str = "auto"  # the clips, by torch.compile: "on", "off", or "auto", in long bf16 runs on a CPU
-
-    @property
-    def max_steps(self):
-        """How many steps are done at most: n_steps, and exactly so many until="steps"; twice as many until="budget"."""
-        return self.n_steps if self.until == "steps" else 2 * self.n_steps
+    plain: bool = False  # True: search on the network as it is written down, without the fast room's help
 
 
 @dataclass
@@ -106,27 +57,23 @@ class UnitResult:
     """What tighten() found.
 
     bounds: {site: (C, H, W)}, all >= 0, as they were when `best_step` was measured; best_step: the good step of the
-    smallest R, or the last step when none was good; history: lists with one value per step done: `alpha`, `ce` and
-    `reg` (R) before its update, `valid_acc` after it; bound_mean: {site: mean bound after each step}; initial_acc:
-    accuracy of the unclipped network on the validation images; interrupted: "Ctrl-C" or "time" where that ended it
-    before its last step.
+    smallest R, or the last step when none was good (`found_good` says which), counted from 0; history: lists with one
+    value per step: `alpha`, `ce` and `reg` (R) before its update, `valid_acc` after it; bound_mean: {site: mean bound
+    after each step}; initial_acc: accuracy of the unclipped network on the validation images.
     """
 
     bounds: dict
     best_step: int
+    found_good: bool
     history: dict
     bound_mean: dict
     initial_acc: float
-    found_good: bool
-    interrupted: str = ""
 
 
 @dataclass
 class AlphaSchedule:
-    """The weight alpha of the tightening term: doubled while accuracy holds, cut when it does not."""
+    """The weight alpha of R: doubled while accuracy holds, cut when it does not."""
 
-    speed: ClassVar = 1.0  # the bounds' learning rate is speed * lr
-    over: ClassVar = False  # whether the search ends before its last step
     config: UnitConfig = field(default_factory=UnitConfig)
     alpha: float = field(init=False)  # of the step to come
     up: int = 0  # good steps in a row
@@ -149,489 +96,255 @@ class AlphaSchedule:
             self.down, self.alpha = 0, self.alpha / c.alpha_down
 
 
-@dataclass
-class BudgetSchedule(AlphaSchedule):
-    """The schedule of a search until the budget is used: ours, no part of UNIT.
-
-    The authors' alpha falls for dozens of steps after it went too far, and Adam's second moment, which remembers the
-    gradients of a large alpha, then keeps the bounds all but still for dozens more. Here they move `speed` times as
-    fast; each bad step cuts alpha at once, down to its start, and Adam forgets its moments, so that cross-entropy heals
-    what was cut too far. Where that takes more than `wait` bad steps in a row, the bounds go back to the best so far
-    and the learning rate is halved. With the last of `halvings` the search ends: then no smaller R within the budget
-    was found at the finest rate. It sees what the authors' sees.
-    """
-
-    speed: ClassVar = 3.0
-    wait: ClassVar = 20
-    halvings: ClassVar = 3
-    halved: int = 0
-
-    @property
-    def over(self):
-        """Whether the search is over."""
-        return self.halved == self.halvings
-
-    def update(self, good):
-        """Move on by one step; good: whether the step's validation accuracy was within the budget."""
-        if good:
-            super().update(good)
-        else:
-            self.up, self.down = 0, self.down + 1
-            self.alpha = max(self.alpha / self.config.alpha_down, self.config.alpha)
-
-    def mend(self, optimizer, sites, best_bounds):
-        """After a bad step: change the optimizer, and the bounds of `sites`.
-
-        best_bounds: {site: (C, H, W)}, or None as long as no step was good: then there is nothing to go back to.
-        """
-        optimizer.state.clear()
-        if self.down < self.wait or best_bounds is None:
-            return
-        with torch.no_grad():
-            for name, site in sites.items():
-                site.bound.copy_(best_bounds[name])
-        for group in optimizer.param_groups:
-            group["lr"] /= 2
-        self.down, self.halved = 0, self.halved + 1
-
-
 class Search:
-    """A search under way: what it has measured and found, of which it can end after any step, or go on.
+    """A search under way: the bounds, what moves them, what has been measured, and the best so far.
 
-    sites: {site: ClippedReLU} of the network; optimizer: of their bounds; schedule: of alpha.
+    sites: {site: ClippedReLU} of the network; initial_acc: its accuracy without bounds on the validation images.
     """
 
-    def __init__(self, sites, optimizer, schedule):
-        self.sites, self.optimizer, self.schedule = sites, optimizer, schedule
+    def __init__(self, sites, initial_acc, config):
+        self.sites, self.initial_acc = sites, initial_acc
+        self.bounds = [site.bound for site in sites.values()]
+        self.optimizer = torch.optim.Adam(self.bounds, lr=config.lr, betas=config.betas, eps=config.eps)
+        self.schedule = AlphaSchedule(config)
         self.history = {"alpha": [], "ce": [], "reg": [], "valid_acc": []}
         self.bound_mean = {name: [] for name in sites}
-        self.measured, self.best = None, (math.inf, None, None)
+        self.best = {"reg": math.inf, "step": None, "bounds": None}
 
-    def record(self, step, now, good):
-        """Take what a step gave; now: a value for each list of the history; good: see AlphaSchedule.update."""
-        for key, value in now.items():
-            self.history[key].append(value)
-        means = torch.stack([site.clip_level().mean() for site in self.sites.values()]).tolist()
-        for name, mean in zip(self.sites, means, strict=True):
-            self.bound_mean[name].append(mean)
-        here = step, self._levels()
-        # in one go, so that Ctrl-C finds both of the same step
-        self.measured, self.best = here, (now["reg"], *here) if good and now["reg"] < self.best[0] else self.best
+    @property
+    def step(self):
+        """How many steps are done."""
+        return len(self.history["ce"])
 
-    def result(self, initial_acc, interrupted):
-        """Return the UnitResult of the steps recorded, without what an interrupted one left."""
-        for values in (*self.history.values(), *self.bound_mean.values()):
-            del values[self.measured[0] + 1 :]
-        found_good = self.best[2] is not None
-        best_step, bounds = self.best[1:] if found_good else self.measured
-        return UnitResult(bounds, best_step, self.history, self.bound_mean, initial_acc, found_good, interrupted)
-
-    def state(self):
-        """Return a copy of what the steps to come follow from, and the result, as tensors and plain values."""
-        return copy.deepcopy({
-            "bounds": {name: site.bound.detach() for name, site in self.sites.items()},
-            "optimizer": self.optimizer.state_dict(),
-            "schedule": {k: v for k, v in vars(self.schedule).items() if k != "config"},
-            "history": self.history,
-            "bound_mean": self.bound_mean,
-            "best": self.best,
-        })  # fmt: skip
+    def levels(self):
+        """Return {site: c = max(b, 0)}, differentiable in b."""
+        return {name: site.clip_level() for name, site in self.sites.items()}
 
     @torch.no_grad()
-    def go_on(self, state):
-        """Take up another search where it stood."""
+    def record(self, good, **now):
+        """Take what a step gave: alpha, ce, reg and valid_acc; good: whether the last is within the budget."""
+        levels = self.levels()
+        if good and now["reg"] < self.best["reg"]:
+            self.best = {"reg": now["reg"], "step": self.step, "bounds": levels}
+        for name, level in levels.items():
+            self.bound_mean[name].append(level.mean().item())
+        for key, value in now.items():
+            self.history[key].append(value)
+
+    def result(self):
+        """Return the UnitResult of the steps done, one at least."""
+        found_good = self.best["step"] is not None
+        step, bounds = (self.best["step"], self.best["bounds"]) if found_good else (self.step - 1, self.levels())
+        bounds = {name: level.detach() for name, level in bounds.items()}
+        return UnitResult(bounds, step, found_good, self.history, self.bound_mean, self.initial_acc)
+
+    def state_dict(self):
+        """Return a copy of what the steps to come follow from, and the result, as tensors and plain values."""
+        schedule = {k: v for k, v in vars(self.schedule).items() if k != "config"}
+        state = {"bounds": [b.detach() for b in self.bounds], "optimizer": self.optimizer.state_dict()}
+        state |= {"schedule": schedule, "history": self.history, "bound_mean": self.bound_mean, "best": self.best}
+        return copy.deepcopy(state)
+
+    @torch.no_grad()
+    def load_state_dict(self, state):
+        """Go on where the search stood whose state this is; to the same bits, if all else is as it was there."""
         state = copy.deepcopy(state)
-        for name, site in self.sites.items():
-            site.bound.copy_(state["bounds"][name])
+        for bound, value in zip(self.bounds, state["bounds"], strict=True):
+            bound.copy_(value)
         self.optimizer.load_state_dict(state["optimizer"])
         vars(self.schedule).update(state["schedule"])
-        self.history, self.bound_mean = state["history"], state["bound_mean"]
-        self.measured, self.best = (len(self.history["ce"]) - 1, self._levels()), state["best"]
-
-    def _levels(self):
-        return {name: site.clip_level().detach() for name, site in self.sites.items()}
+        self.history, self.bound_mean, self.best = state["history"], state["bound_mean"], state["best"]
 
 
 @utils.repeatable()
-def tighten(
-    model, x_train, y_train, x_valid, y_valid, config=UnitConfig(), on_step=None, keep=None, state=None,  # noqa: B008
-    time_limit=None,
-):  # fmt: skip
+def tighten(model, x_train, y_train, x_valid, y_valid, config=UnitConfig(), callback=None, state=None):
     """Learn a tight upper bound for every neuron's activation; the model itself is left as it is.
 
-    model: a network of this repo; images uint8 (N, 3, H, W) or float in [0, 1], labels int64 (N,), on any device.
-    on_step: called after each step with (step, {"alpha", "ce", "reg", "valid_acc"}).
-    keep: called after each step with a function that returns the search's state, and with whether it was the last step
-    for want of time; a search given that state as `state`, and all else as before, goes on from there to the same bits.
-    time_limit: seconds after which the search ends, after a whole step, with what it found.
-    Raises ValueError when the network has bounds already, no activation module that could be clipped, or one that a
-    forward pass does not run just once, and for a config.until that is neither "steps" nor "budget". What is no
-    nn.ReLU module, F.relu or a GELU, gets no bound.
-    On a GPU its passes are recorded as CUDA graphs, so it must not wait for the host in them.
-    Under torchrun the processes share the images, and all return the same result.
-    Returns a UnitResult; models.set_bounds(model, result.bounds) applies it. Ctrl-C ends the search early and keeps
-    what it found, unless not a single step was done.
+    model: a network of this repo; images: uint8 (N, 3, H, W) or float in [0, 1], labels int64 (N,), on any device.
+    callback: called after each step with the Search; the search ends early when it returns true.
+    state: a Search's state_dict(), to go on from. Under torchrun the processes share the images.
+    Returns a UnitResult; models.set_bounds(model, result.bounds) applies it.
+    Raises ValueError when the network has bounds already, has no nn.ReLU module to clip, or does not run each of them
+    just once. An F.relu or a GELU is no such module: it gets no bound.
     """
-    if any(isinstance(site, models.ClippedReLU) for site in models.activation_sites(model).values()):
+    sites = models.activation_sites(model)
+    if any(isinstance(site, models.ClippedReLU) for site in sites.values()):
         raise ValueError("the network has bounds already; models.set_bounds(model, None) takes them off")
-    if not models.activation_sites(model):
+    if not sites:
         raise ValueError("the network has no nn.ReLU module to clip; give each activation a module of its own")
-    if config.until not in ("steps", "budget"):
-        raise ValueError(f"until is {config.until!r}, neither 'steps' nor 'budget'")
-    started = time.perf_counter()
     device = next(model.parameters()).device
-    net = frozen_copy(model, utils.get_dtype(config.precision, device))
-    n_train = len(y_train)
-    size = config.micro_batch or usual_micro_batch(device)
-    train = _batches(x_train, y_train, size, device)
-    valid = _batches(x_valid, y_valid, size, device)
+    size = config.micro_batch or utils.pass_size(device, 100)
+    n_images = config.n_steps * (config.step_images or len(y_train))
+    net, layer = fast.search_network(model, utils.get_dtype(config.precision, device), n_images, config.plain)
 
-    n_valid = sum(map(len, valid[1]))  # of this process
-    initial_acc = accuracy(hits(net, *valid), n_valid)
-    fused = fuse_clips(config, device, n_train * config.max_steps)
-    start = initial_bounds(net, x_train.to(device).split(size), config.n_sigma)  # of all images in each process
-    models.set_bounds(net, start, fused)
-    sites = models.activation_sites(net)
-    bounds = [site.bound for site in sites.values()]
-    schedule = (AlphaSchedule if config.until == "steps" else BudgetSchedule)(config)
-    optimizer = torch.optim.Adam(bounds, lr=schedule.speed * config.lr, betas=config.betas, eps=config.eps)
-    search, interrupted = Search(sites, optimizer, schedule), ""
+    # the start: b = mean + 4 std of each neuron's unclipped activation
+    initial_acc = accuracy(net, x_valid, y_valid, size)
+    models.set_bounds(net, initial_bounds(net, x_train, size, config.n_sigma), layer)
+    search = Search(models.activation_sites(net), initial_acc, config)
     if state is not None:
-        search.go_on(state)
+        search.load_state_dict(state)
 
-    def backward():
-        """Return CE(f_c(x), y) over all training images, c = max(b, 0); its gradient is then the bounds' .grad."""
-        optimizer.zero_grad(set_to_none=True)
-        ce = torch.zeros((), device=device)
-        with models.as_one_batch(net):
-            for x, y in zip(*train, strict=True):
-                loss = cross_entropy(net(x).float(), y) / n_train
-                loss.backward()
-                ce += loss.detach()
-        return ce
+    for step in range(search.step, config.n_steps):
+        # L = CE(f_c(x), y) + alpha * R,  c = max(b, 0),  R = sum over sites of mean(c)
+        search.optimizer.zero_grad()
+        x, y = step_images(x_train, y_train, config, step)
+        ce = cross_entropy_backward(net, search.bounds, x, y, size)
+        alpha, reg = search.schedule.alpha, sum(c.mean() for c in search.levels().values())
+        (alpha * reg).backward()
+        search.optimizer.step()
 
-    # on a GPU, the many small launches in one
-    ce_backward = utils.recorded(backward, device)
-    valid_hits = utils.recorded(lambda: hits(net, *valid), device)
-
-    try:
-        for step in range(len(search.history["ce"]), config.max_steps):
-            if schedule.over:
-                break
-            alpha = schedule.alpha
-
-            # L = CE(f_c(x), y) + alpha * R
-            ce = ce_backward()
-            utils.sum_over_ranks([ce, *(b.grad for b in bounds)])
-            reg = sum(site.clip_level().mean() for site in sites.values())
-            (alpha * reg).backward()
-            optimizer.step()
-
-            valid_acc = accuracy(valid_hits(), n_valid)
-            good = valid_acc >= initial_acc - config.acc_degrade
-            schedule.update(good)
-
-            now = {"alpha": alpha, "ce": ce.item(), "reg": reg.item(), "valid_acc": valid_acc}
-            search.record(step, now, good)
-            if on_step is not None:
-                on_step(step, now)
-            if config.until == "budget" and not good:
-                schedule.mend(optimizer, sites, search.best[2])
-            if time_limit is not None and not schedule.over and step + 1 < config.max_steps:
-                late = torch.tensor(time.perf_counter() - started >= time_limit, dtype=torch.float32, device=device)
-                utils.sum_over_ranks([late])  # the processes end after the same step
-                interrupted = "time" if late else ""
-            if keep is not None:
-                keep(search.state, bool(interrupted))
-            if interrupted:
-                break
-    except KeyboardInterrupt:
-        if search.measured is None:
-            raise
-        interrupted = "Ctrl-C"
-    return search.result(initial_acc, interrupted)
+        # good: the updated bounds cost no more accuracy than acc_degrade; of these the smallest R is the best
+        valid_acc = accuracy(net, x_valid, y_valid, size)
+        good = valid_acc >= initial_acc - config.acc_degrade
+        search.record(good, alpha=alpha, ce=ce.item(), reg=reg.item(), valid_acc=valid_acc)
+        search.schedule.update(good)
+        if callback is not None and callback(search):
+            break
+    return search.result()
 
 
 @torch.no_grad()
-def initial_bounds(net, x_batches, n_sigma):
-    """Return {site: mean + n_sigma * std} over all images of the unclipped activations, std with n - 1 below.
+def initial_bounds(net, x, size, n_sigma):
+    """Return {site: mean + n_sigma * std over the images of its unclipped activation}, std with n - 1 below.
 
-    x_batches: tuple of (n, 3, H, W). However the images are cut into batches, the bounds are to the bit what torch.mean
-    and torch.std give on a CPU for all their activations at once, as the published code starts, unless several
-    processes share them; no activation is kept.
+    x: the training images, run through the network `size` at a time; no activation is kept.
     Raises ValueError for a site that a forward pass does not run just once.
     """
-    moments, n = {name: _Moments() for name in models.activation_sites(net)}, 0
+    sums = {name: [0, 0, 0] for name in models.activation_sites(net)}
 
     def look(name, a):
-        if moments[name].total.n != n:
-            raise ValueError(f"the network runs {name} twice; give each activation a module of its own")
-        moments[name].add(a)
+        a = (a.cpu() if a.device.type == "mps" else a).double()  # mps has no double precision
+        new = (len(a), a.sum(0), a.square().sum(0)) if sums[name][0] == done else (math.inf, 0, 0)  # a second time
+        sums[name] = [s + t for s, t in zip(sums[name], new, strict=True)]
 
+    done = 0
     with models.watching(net, look):
-        for x in x_batches:
-            net(x)
-            n += len(x)
-    bounds = {}
-    for name, seen in moments.items():
-        if seen.total.n != n:
-            raise ValueError(f"the network does not run {name}; take that module out")
-        mean, std = seen.mean_and_std()
-        bounds[name] = mean + n_sigma * std
+        for x_batch in x.split(size):
+            net(data.to_float(x_batch.to(next(net.parameters()).device)))
+            done += len(x_batch)
+    bounds, n = {}, len(x)
+    for name, (seen, s1, s2) in sums.items():
+        if seen != n:
+            raise ValueError(f"the network does not run {name} just once; give each activation a module of its own")
+        mean, variance = s1 / n, (s2 - s1.square() / n).clamp_min(0) / max(n - 1, 1)
+        bounds[name] = (mean + n_sigma * variance.sqrt()).float()
     return bounds
 
 
-class _Moments:
-    """Mean and standard deviation over images that come a few at a time, rounded where torch.mean and torch.std round.
-
-    A standard deviation torch accumulates in double precision.
-    """
-
-    def __init__(self):
-        self.total = models.ImageSum()
-        self.s1 = self.s2 = 0  # in double precision
-
-    def add(self, a):
-        """Take further activations (n, C, H, W)."""
-        a = (a.cpu() if a.device.type == "mps" else a).float()  # mps has no double precision
-        self.total.add(a)
-        a = a.double()
-        self.s1, self.s2 = self.s1 + a.sum(0), self.s2 + a.square().sum(0)
-
-    def mean_and_std(self):
-        """Return both, float32 (C, H, W), std with n - 1 below."""
-        n = self.total.n
-        variance = (self.s2 - self.s1.square() / n).clamp_min(0) / max(n - 1, 1)
-        return self.total.result() / n, variance.sqrt().float()
+def step_images(x, y, config, step):
+    """Return the training images and labels of a step: all of them, or config.step_images drawn without replacement."""
+    if config.step_images is None:
+        return x, y
+    generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
+    chosen = torch.randperm(len(y), generator=generator)[: config.step_images]
+    return x[chosen.to(x.device)], y[chosen.to(y.device)]
 
 
-def cross_entropy(logits, y):
-    """Return the sum over images of CE(logits (N, K) in fp32, y (N,) int64), a scalar with a gradient.
-
-    The same bits with AVX2 as with AVX-512. Along a row torch adds as many classes at once as a vector holds, and that
-    rounding shows late in a search; with a row per class it adds class after class, if the images fill whole vectors.
-    """
-    n = len(logits)
-    by_class = F.pad(logits, (0, 0, 0, -n % 16)).t()
-    return F.nll_loss(F.log_softmax(by_class, 0).t()[:n], y, reduction="sum")
+def cross_entropy_backward(net, bounds, x, y, size):
+    """Leave d CE / d b in each bound's .grad and return CE, the mean over all images, run `size` at a time."""
+    n, ce = len(y), torch.zeros((), device=bounds[0].device)
+    for x_batch, y_batch in ranks.share(x, y, size, ce.device):
+        loss = F.cross_entropy(net(data.to_float(x_batch)).float(), y_batch, reduction="sum") / n
+        loss.backward()
+        ce += loss.detach()
+    ranks.sum_over_ranks([ce, *(b.grad for b in bounds)])
+    return ce
 
 
 @torch.no_grad()
-def hits(net, x_batches, y_batches):
-    """Return how many images `net` classifies as labelled, an int64 scalar."""
-    return sum((net(x).argmax(1) == y).sum() for x, y in zip(x_batches, y_batches, strict=True))
-
-
-def accuracy(n_hits, n):
-    """Return the accuracy over all processes, a float in [0, 1] with float32's digits; n_hits of n are this one's.
-
-    Those recorded of the published loop are rounded so: where a step costs just acc_degrade, it decides whether that is
-    good.
-    """
-    counts = torch.stack([n_hits, torch.full_like(n_hits, n)])
-    utils.sum_over_ranks([counts])
-    n_hits, n = counts.float()
-    return (n_hits / n).item()
-
-
-def frozen_copy(model, dtype=torch.float32):
-    """Return a copy of `model` that computes the same faster: eval mode, no weight gradients.
-
-    In bf16 batch norm is folded into the convolutions, a twentieth faster; on a GPU its clips then add what it added.
-    In fp32 it stays: the folded weights' rounding shows late in a search. On AMX its widest convolutions are matrix
-    products.
-    dtype: of its convolutions and its linear layer, and so of its activations and logits. It takes uint8 images, too.
-    """
-    device = next(model.parameters()).device
-    net = copy.deepcopy(model).cpu().eval().requires_grad_(False)
-    if dtype != torch.float32:
-        folded = fold_batch_norm(copy.deepcopy(net))
-        if device.type == "cuda":
-            folded = move_biases(folded)
-        probe = torch.linspace(0, 1, 2 * 3 * 32 * 32).view(2, 3, 32, 32)
-        # a network that does not run each batch norm right after the convolution registered before it stays as it is
-        if torch.allclose(folded(probe), net(probe), rtol=1e-3, atol=1e-3):
-            net = folded
-    if utils.has_amx(device):
-        models.small_maps_by_products(net, dtype, in_eval=True)
-    for layer in net.modules():
-        if isinstance(layer, (nn.Conv2d, nn.Linear)):
-            layer.to(dtype).register_forward_pre_hook(lambda layer, x: x[0].to(layer.weight.dtype))
-    net.register_forward_pre_hook(lambda _net, x: utils.to_float(x[0]))
-    return net.to(device, memory_format=torch.channels_last)
-
-
-def fuse_clips(config, device, n_images):
-    """Return whether to compile the clips of a search over n_images in all, steps counted.
-
-    That takes some seconds, and saves a quarter of the time in bf16, in fp32 a twentieth; on a GPU a second, for nearly
-    half the time in bf16.
-    """
-    if device.type == "cuda":
-        pays = clip_kernels.available(device) and n_images > 200_000
-    else:
-        pays = config.precision == "bf16" and utils.compiling_pays(device, n_images, least=20_000)
-    return {"auto": pays, "on": True, "off": False}[config.compile]
-
-
-def usual_micro_batch(device):
-    """Return how many images to hold in memory at a time: enough to keep a GPU busy, few enough for a CPU's caches."""
-    return pass_size(device, 100)
-
-
-def _batches(x, y, size, device):
-    rank, n_ranks = utils.ranks()
-    x, y = x[rank::n_ranks], y[rank::n_ranks]
-    return x.to(device).split(size), y.to(device).split(size)
+def accuracy(net, x, y, size):
+    """Return the share of images that `net` classifies as labeled, a float with float32's digits, as published."""
+    device = next(net.parameters()).device
+    hits = torch.zeros((), dtype=torch.int64, device=device)
+    for x_batch, y_batch in ranks.share(x, y, size, device):
+        hits += (net(data.to_float(x_batch)).argmax(1) == y_batch).sum()
+    ranks.sum_over_ranks([hits])
+    return (hits.float() / len(y)).item()
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
-def run_search(model, data, config, partial, keep, time_limit):
-    """Run tighten() under a progress bar; return its result and its seconds, those before it was cut off too.
-
-    data: what defence_data() returns; partial: {"state", "step", "seconds", ...} to go on from; else see tighten().
-    """
-    start = time.perf_counter()
-    with tqdm(total=config.max_steps, initial=partial["step"], unit="step") as progress:
-
-        def on_step(step, now):
-            report(step, now, config.max_steps, progress)
-
-        result = tighten(model, *data, config, on_step, keep=keep, state=partial["state"], time_limit=time_limit)
-    return result, partial["seconds"] + time.perf_counter() - start
-
-
-def defence_data(args):
-    """Return (x_train, y_train, x_valid, y_valid), each uint8 image passed once through crop and flip, by the flags."""
-    images, labels = utils.load_dataset(args.dataset, args.datadir, train=True)
-    rate = args.data_rate or (1.0 if args.dataset == "cifar10_sample" else 0.05)
-    drawing = torch.Generator().manual_seed(args.seed) if args.draw == "random" else None
-    train, valid = utils.defence_split(labels, rate, generator=drawing)
-    generator = torch.Generator().manual_seed(args.seed)
-    x_train, x_valid = (utils.augment(images[i], generator) for i in (train, valid))
-    return x_train, labels[train], x_valid, labels[valid]
-
-
-def report(step, now, n_steps, progress):
-    """Move the progress bar on; every ten steps, and after the last, print a line."""
-    progress.update()
-    if (step + 1) % 10 == 0 or step + 1 == n_steps:
-        progress.write(
-            f"step {step + 1:4d}  CE {now['ce']:.4f}  R {now['reg']:.4f}  alpha {now['alpha']:.3g}"
-            f"  validation accuracy {100 * now['valid_acc']:.2f}%"
-        )
-        sys.stdout.flush()  # in a log file, too, the line is there when the step is done
-
-
-def save_defended(model, checkpoint, result, config, figures, path):
-    """Write the defended model, weights and bounds and what is known of it, as one file that evaluate.py takes.
-
-    figures: what was measured on it and with which trigger, plain values and tensors.
-    """
-    weights = {k: v for k, v in model.state_dict().items() if not k.endswith(".bound")}
-    utils.save_checkpoint(
-        {
-            **checkpoint,
-            **figures,
-            "state_dict": utils.packed_weights(weights),
-            "bounds": {k: v.cpu() for k, v in result.bounds.items()},
-            "defence": {"name": "unit", "best_step": result.best_step, **asdict(config)},
-        },
-        path,
-    )
-
-
 def main(argv=None):
     """The command."""
-    args = parser().parse_args(argv)
-    device = utils.start_ranks(utils.get_device(args.device))
-    first = utils.ranks()[0] == 0  # under torchrun one process speaks, measures and writes
+    args = flags.parser("unit.py").parse_args(argv)
+    device = ranks.start_ranks(utils.get_device(args.device))
+    first = ranks.ranks()[0] == 0  # under torchrun one process speaks, measures and writes
     dtype = utils.get_dtype(args.precision, device)
-    utils.reset_peak_memory(device)
-    path, model, checkpoint, backdoor, target = load_victim(args, device)
+    machine.reset_peak_memory(device)
+    path, model, checkpoint, backdoor = inputs.load_victim(args, device)
     tag = utils.network_tag(checkpoint["network"], checkpoint["width"])
-    name = "unit" if args.until == "steps" else "unit_budget"
-    out = Path(args.out or utils.CKPT / f"{args.dataset}_{tag}_{args.attack}_{name}.pt")
-    test = tuple(t.to(device) for t in utils.load_dataset(args.dataset, args.datadir, train=False))
-    if first and args.dataset != "cifar10":
-        print(f"on {args.dataset}: {len(test[0]):,} test images, a part of CIFAR-10's 10,000")
+    out = Path(args.out or utils.CKPT / f"{args.dataset}_{tag}_{args.attack}_unit.pt")
+    test_set = tuple(t.to(device) for t in data.load_dataset(args.dataset, args.datadir, train=False))
 
     def measure(model):
-        return evaluate(model, *test, backdoor, target, args.batch_size, dtype)
+        return evaluate(model, *test_set, backdoor, args.target, args.batch_size, dtype)
 
     if args.phase == "test":
-        if not first:
-            return
-        defended = utils.load_model(out, device)[0].to(memory_format=torch.channels_last)
-        print(f"before  {path}\n        {measure(model)}\nafter   {out}\n        {measure(defended)}")
+        if first:
+            print(f"before  {path}\n        {measure(model)}\nafter   {out}")
+            print(f"        {measure(utils.load_model(out, device)[0])}")
         return
     if checkpoint["bounds"] is not None:
-        raise InputError(f"{path} has bounds already; give --ckpt the victim")
-    config = UnitConfig(
-        lr=args.lr,
-        n_steps=args.n_steps,
-        until=args.until,
-        acc_degrade=args.acc_degrade,
-        micro_batch=args.micro_batch or usual_micro_batch(device),
-        precision="fp32" if dtype == torch.float32 else "bf16",
-        compile=args.compile,
-    )
-    data = defence_data(args)
-    victim = {"file": path.name, "sha256": utils.sha256(path)}
-    settings = resuming.settings_of(args, config, victim["sha256"], device)
-    kept_at = resuming.partial_path(out, settings)
-    partial = (resuming.load_partial(kept_at, settings) if args.resume else None) or resuming.FRESH
-    time_limit = 60 * args.max_minutes if args.max_minutes else None
-    if not first:
-        tighten(model, *data, config, state=partial["state"], time_limit=time_limit)
-        return
-    picture = Path(args.outdir) / f"{name}_{args.attack}.png"
+        raise flags.InputError(f"{path} has bounds already; give --ckpt the victim")
     if out.resolve() == path.resolve():
-        raise InputError(f"--out is the victim {path} itself; give another place")
-    for place in (out, picture, Path(args.results) / "record.json"):
-        utils.check_place(place)
+        raise flags.InputError(f"--out is the victim {path} itself; give another place")
+    images = inputs.augmented_defense_data(args)
+    if args.step_images and args.step_images > len(images[0]):
+        raise flags.InputError(f"--step_images is above the {len(images[0])} training images; lower it")
+    config = UnitConfig(
+        **{k: getattr(args, k) for k in ("lr", "n_steps", "step_images", "acc_degrade", "seed")},
+        micro_batch=args.micro_batch or utils.pass_size(device, 100),
+        precision="fp32" if dtype == torch.float32 else "bf16",
+    )
+    victim = {"file": path.name, "sha256": utils.sha256(path), "attack": checkpoint["attack"]}
+    settings = {k: getattr(args, k) for k in ("dataset", "data_rate", "draw")} | asdict(config)
+    partial = Partial(out, settings | {"victim": victim["sha256"]}, device, args.resume)
+    picture, record_at = Path(args.outdir) / f"unit_{args.attack}.png", records.path_of("unit", args, victim)
+    if first:
+        for place in (out, picture, record_at):
+            utils.check_place(place)
+        n = f"{len(images[0]):,} training and {len(images[2]):,} validation images"
+        before = measure(model)
+        print(f"{path}, {n}, {config.precision} on {device}\nbefore  {before}{partial.said()}", flush=True)
 
-    print(f"{path}, {len(data[0]):,} training and {len(data[2]):,} validation images, {config.precision} on {device}")
-    before = measure(model)
-    print(f"before  {before}", flush=True)
-    if partial["step"]:
-        print(f"going on after step {partial['step']} of {config.max_steps} ({kept_at})", flush=True)
-    keep = resuming.keeping(kept_at, settings, partial, device)
-    result, seconds = run_search(model, data, config, partial, keep, time_limit)
-    done = len(result.history["ce"])
-    if result.interrupted:
-        why = {"Ctrl-C": "interrupted", "time": "out of time"}[result.interrupted]
-        print(f"{why} after {done} of {config.max_steps} steps: keeping the best bounds so far")
+    with Watch(config.n_steps, partial, args.max_minutes, first) as watch:
+        result = tighten(model, *images, config, watch, partial.state)
+    if not first:
+        return
+    seconds, peak, steps = partial.seconds_so_far(), partial.peak_so_far(), len(result.history["ce"])
+    if watch.why:
+        print(f"{watch.why} after {steps} of {config.n_steps} steps: keeping the best bounds so far")
     if not result.found_good:
         print("note: no step kept the validation accuracy within acc_degrade; the last step's bounds are taken")
-    models.set_bounds(model, result.bounds)
-    known = {}
+    saved = checkpoint | {
+        "state_dict": utils.packed_weights(model.state_dict()),
+        "bounds": {k: v.cpu() for k, v in result.bounds.items()},
+        "defense": {"name": "unit", "best_step": result.best_step, **asdict(config)},
+    }
     if backdoor is not None and checkpoint["attack"] is None:  # a file from elsewhere: what the user knows of it
         trigger = {k: v.cpu() for k, v in backdoor.state_dict().items()}
-        known = {"attack": args.attack, "target": target, "trigger": trigger}
-    unmeasured = dict.fromkeys(before._fields)
-    save_defended(model, checkpoint, result, config, known | unmeasured, out)  # whatever happens from here on
-    after = measure(model)
-    peak = resuming.peak_so_far(partial["peak"], device)
+        saved |= {"attack": args.attack, "target": args.target, "trigger": trigger}
+    utils.save_checkpoint(saved | dict.fromkeys(before._fields), out)  # whatever happens from here on
+    after = measure(models.set_bounds(model, result.bounds))
+    utils.save_checkpoint(saved | after._asdict(), out)
     memory = "" if peak is None else f", {peak:.2f} GiB of memory at most"
-    print(f"after   {after}\nstep {result.best_step + 1} chosen, {seconds:.1f} s for {done} steps{memory}")
+    print(f"after   {after}\nstep {result.best_step + 1} of {steps} chosen, {seconds:.1f} s{memory}")
 
-    save_defended(model, checkpoint, result, config, known | after._asdict(), out)
-    pictures.draw_history(result.history, result.best_step, result.initial_acc - config.acc_degrade, picture)
-    figures = {"n_train": len(data[0]), "n_valid": len(data[2]), "seconds": seconds, "peak_GiB": peak}
-    figures |= {"before": before._asdict(), "after": after._asdict(), "resumed_after": partial["step"]}
-    figures |= {k: v for k, v in vars(result).items() if k != "bounds"}
-    record = save_record("unit", args, config, victim, device, tag, **figures)
-    print(f"wrote {out}, {picture}, {record}")
-    if result.interrupted == "Ctrl-C":
+    plots.draw_history(result.history, result.best_step, result.initial_acc - config.acc_degrade, picture)
+    figures = {"before": before._asdict(), "after": after._asdict(), "seconds": seconds, "peak_GiB": peak}
+    figures |= {"n_train": len(images[0]), "n_valid": len(images[2]), "steps": steps, "interrupted": watch.why}
+    figures |= {k: getattr(result, k) for k in ("best_step", "found_good", "initial_acc")}
+    figures |= {"R": [result.history["reg"][i] for i in (0, result.best_step)]}
+    records.save(record_at, "unit", args, config, victim, device, figures, result.history)
+    print(f"wrote {out}, {picture}, {record_at}")
+    if watch.why == "interrupted":
         raise KeyboardInterrupt
-    if result.interrupted:
+    if watch.why:
         print("the same command goes on from there")
     else:
-        kept_at.unlink(missing_ok=True)
+        partial.remove()
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    flags.run(main)

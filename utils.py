@@ -1,34 +1,25 @@
-"""What the commands share: device, data, augmentation, checkpoints, files that are whole or absent."""
+"""What the commands share: device and precision, files that are whole or absent, checkpoints."""
 
-import contextlib
+from flags import ATTACKS, DATASETS, DEFENSES, ROOT, InputError
+
 import hashlib
 import json
 import os
 import platform
-import shutil
-import sys
-import sysconfig
-import time
 from pathlib import Path
 
-try:
-    import resource
-except ImportError:  # Windows
-    resource = None
-
 import torch
-import torch.distributed as dist
-import torch.nn.functional as F
 
-import cifar10
 import models
-from cli import ATTACKS, DATASETS, DEFENSES, ROOT, InputError
+from data import load_dataset
+
+__all__ = ["load_dataset"]
 
 CKPT = ROOT / "ckpt"
 FORMAT = 1  # of our checkpoints
 
 
-# --- device ---------------------------------------------------------------------------------------------------------
+# --- device and precision ---------------------------------------------------------------------------------------------
 
 
 def get_device(name="auto"):
@@ -53,7 +44,7 @@ def has_fast_bf16(device):
         return torch.cuda.get_device_capability(device)[0] >= 8
     if device.type == "cpu" and platform.machine() in ("x86_64", "AMD64"):
         by_avx512 = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()  # not in every torch
-        return has_amx(device) or (by_avx512 and not _cpu_name().startswith("Intel"))
+        return has_amx(device) or (by_avx512 and not cpu_name().startswith("Intel"))
     return False
 
 
@@ -70,8 +61,11 @@ def get_dtype(precision, device):
 
 
 def autocast(device, dtype):
-    """Return the autocast context for `dtype`; with float32 it does nothing."""
-    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+    """Return the autocast context for `dtype`; with float32 it does nothing.
+
+    On a GPU it keeps no casts: a recorded pass has its own.
+    """
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32, cache_enabled=device.type != "cuda")
 
 
 def repeatable():
@@ -79,209 +73,19 @@ def repeatable():
     return torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
 
 
-def recorded(work, device):
-    """Return `work`, a function without arguments, so that it is one launch on a GPU: a CUDA graph of what it does.
-
-    work() may read and change what lies on the device and does the same each time; it runs twice before it is recorded,
-    which must do no harm. What it returns is overwritten by the next call. On another device it stays what it is.
-    """
-    if device.type != "cuda":
-        return work
-    with torch.cuda.device(device):
-        aside = torch.cuda.Stream()
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):
-            for _ in range(2):  # what is chosen, compiled and allocated once must not be recorded
-                work()
-        torch.cuda.current_stream().wait_stream(aside)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # NCCL has threads of its own
-            result = work()
-
-    def replay():
-        graph.replay()
-        return result
-
-    return replay
+def pass_size(device, n):
+    """Return how many images to take at a time: n, or on a GPU, which small batches keep waiting, 1,000 at least."""
+    return n if device.type == "cpu" else max(n, 1000)
 
 
-def machine(device):
-    """Return what a figure computed on `device` depends on besides the code, as plain values: versions, device."""
-    return {
-        "python": platform.python_version(),
-        "torch": str(torch.__version__),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
-        "kind": device.type,
-        "threads": torch.get_num_threads(),
-        "date": time.strftime("%Y-%m-%d"),
-    }
-
-
-def peak_memory(device):
-    """Return the most memory held so far, in GiB: the allocator's on a GPU, else the process's; None where unknown."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    status = Path("/proc/self/status")
-    if status.exists():  # getrusage also counts what the parent held before it started this process
-        kib = [line.split()[1] for line in status.read_text().splitlines() if line.startswith("VmHWM")]
-        return int(kib[0]) / 2**20 if kib else None
-    if resource is None:
-        return None
-    unit = 1 if sys.platform == "darwin" else 2**10  # bytes there, KiB elsewhere
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
-
-
-def reset_peak_memory(device):
-    """Let peak_memory() count from here on, where the system can."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    with contextlib.suppress(OSError):  # Linux alone, and not in every sandbox
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def _cpu_name():
+def cpu_name():
+    """Return the processor's name as the system has it."""
     info = Path("/proc/cpuinfo")
     if info.exists():
         for line in info.read_text().splitlines():
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
-
-
-# --- more than one process ------------------------------------------------------------------------------------------
-
-
-def start_ranks(device):
-    """Join the processes of torchrun and return this one's device; without torchrun no process group is started.
-
-    Raises InputError where there are fewer GPUs than processes.
-    """
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        return device
-    if device.type == "cuda":
-        n_gpus, local_rank = torch.cuda.device_count(), int(os.environ["LOCAL_RANK"])
-        if local_rank >= n_gpus:
-            raise InputError(f"torchrun started more processes than the {n_gpus} GPUs here; lower --nproc_per_node")
-        device = torch.device("cuda", local_rank)
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return device
-
-
-def ranks():
-    """Return (rank of this process, number of processes); (0, 1) without torchrun."""
-    started = dist.is_available() and dist.is_initialized()
-    return (dist.get_rank(), dist.get_world_size()) if started else (0, 1)
-
-
-def sum_over_ranks(tensors):
-    """Replace each tensor (same dtype and device) by its sum over all processes, in one all-reduce."""
-    if ranks()[1] > 1:
-        flat = torch.cat([t.reshape(-1) for t in tensors])
-        dist.all_reduce(flat)
-        for t, total in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
-            t.copy_(total.view(t.shape))
-
-
-# --- data -----------------------------------------------------------------------------------------------------------
-
-
-def load_dataset(name, datadir, train):
-    """Return (images uint8 (N, 3, H, W), labels int64 (N,)) of one split.
-
-    name: `cifar10` (50,000 / 10,000 images; fetched into `datadir` when absent) or `cifar10_sample` (500 / 2,000,
-    embedded in the repo). Raises InputError for another name and when the data can be neither found nor fetched.
-    """
-    if name == "cifar10":
-        return cifar10.load(datadir, train)
-    if name == "cifar10_sample":
-        return cifar10.load_sample(train)
-    raise InputError(f"unknown dataset {name!r}; there are cifar10 and cifar10_sample")
-
-
-def training_layout(model):
-    """Return the memory format to train in: channels last, which is the faster, but for narrow networks on a CPU.
-
-    There the weight gradient of a strided 1x1 convolution of less than 16 channels, channels last and over an odd
-    batch, writes past its buffer (seen with torch 2.13 on two threads).
-    """
-    convs = (m for m in model.modules() if isinstance(m, torch.nn.Conv2d))
-    narrow = any(m.weight.is_cpu and m.kernel_size == (1, 1) and m.in_channels < 16 for m in convs)
-    return torch.contiguous_format if narrow else torch.channels_last
-
-
-def speed_up_small_maps(model, dtype):
-    """Let the wide convolutions of `model` over small maps train in `dtype` by matrix products where these are faster.
-
-    In place; in eval mode nothing changes. Returns the model.
-    """
-    fast = dtype == torch.bfloat16 and has_amx(next(model.parameters()).device)
-    return models.small_maps_by_products(model, dtype) if fast else model
-
-
-def compiling_pays(device, n_images, width=1.0, least=200_000):
-    """Return whether to compile a network of this width, or a part of it, for n_images in all, epochs or steps counted.
-
-    least: how many of full width pay for it. A network takes a minute, as long as the whole training on a GPU. It needs
-    a C++ compiler and Python's headers.
-    """
-    headers = Path(sysconfig.get_path("include"), "Python.h").exists()
-    there = headers and any(map(shutil.which, ("g++", "clang++")))
-    return device.type == "cpu" and there and n_images * width > least
-
-
-def to_float(images):
-    """Return images (N, 3, H, W), uint8 or float in [0, 1], as float32 in [0, 1], laid out channels last."""
-    x = images.to(torch.float32, memory_format=torch.channels_last)
-    return x if images.is_floating_point() else x / 255
-
-
-def augment(images, generator, padding=4, mode="constant"):
-    """Random crop after padding and random horizontal flip, per image, on the batch.
-
-    images: (N, C, H, W), uint8 or float in [0, 1]; generator: on the CPU, so that every device draws alike;
-    mode: of the padding, "constant" for zeros or "reflect" (floats only).
-    Returns the same shape and type, laid out channels last.
-    """
-    n, _, h, w = images.shape
-    device = images.device
-    # nothing here waits for a CUDA device: it works while the next batch is prepared
-    top = torch.randint(0, 2 * padding + 1, (n, 1), generator=generator)
-    left = torch.randint(0, 2 * padding + 1, (n, 1), generator=generator)
-    flip = torch.rand(n, 1, generator=generator) < 0.5
-    rows = top + torch.arange(h)
-    cols = left + torch.arange(w)
-    cols = torch.where(flip, cols.flip(1), cols)
-    padded = F.pad(images, (padding,) * 4, mode=mode).permute(0, 2, 3, 1)
-    which = torch.arange(n, device=device)[:, None, None]
-    rows, cols = (t.to(device, non_blocking=images.is_cuda) for t in (rows, cols))
-    return padded[which, rows[:, :, None], cols[:, None]].permute(0, 3, 1, 2)
-
-
-def defence_split(labels, data_rate, num_classes=10, train_share=0.8, generator=None):
-    """Choose the defence images: the first ones of each class in the data set's order, or drawn by `generator`.
-
-    labels: int64 (N,). n = int(N * data_rate), n // num_classes of each class; of each class the first 80 % train,
-    the rest validate. Returns two int64 index tensors, class by class.
-    Raises InputError when a class has too few images or a side of the split would be empty.
-    """
-    per_class = int(len(labels) * data_rate) // num_classes
-    n_train = int(per_class * train_share)
-    if n_train < 1 or n_train == per_class:
-        raise InputError(f"data_rate {data_rate} leaves {per_class} images per class; raise it to have at least 2")
-    train, valid = [], []
-    for c in range(num_classes):
-        chosen = (labels == c).nonzero()[:, 0]
-        if generator is not None:
-            chosen = chosen[torch.randperm(len(chosen), generator=generator)]
-        chosen = chosen[:per_class]
-        if len(chosen) < per_class:
-            raise InputError(
-                f"class {c} has {len(chosen)} of the {per_class} images of data_rate {data_rate}; lower it"
-            )
-        train.append(chosen[:n_train])
-        valid.append(chosen[n_train:])
-    return torch.cat(train), torch.cat(valid)
 
 
 # --- files that are whole or absent -----------------------------------------------------------------------------------
@@ -345,14 +149,6 @@ def checkpoint_path(dataset, network, attack, width=1.0, suffix=""):
     return CKPT / f"{dataset}_{network_tag(network, width)}_{attack}{suffix}.pt"
 
 
-def victim_path(args):
-    """Return the victim that the flags of a command mean: --ckpt, else the one named after network and attack.
-
-    The embedded sample has no victims of its own: it is for those of the full set.
-    """
-    return Path(args.ckpt) if args.ckpt else checkpoint_path("cifar10", args.network, args.attack)
-
-
 def half_weights(state_dict):
     """Return the state dict with convolution and linear weights in half precision; batch norm's stay as they are."""
     return {k: v.detach().cpu().half() if v.dim() > 1 else v.detach().cpu() for k, v in state_dict.items()}
@@ -393,7 +189,10 @@ def load_checkpoint(path):
         content = {**models.describe_state_dict(state), **content}
     except ValueError as error:
         raise InputError(f"{path} is refused: {error}") from None
-    return {"attack": None, "target": None, "dataset": None, "trigger": None, "bounds": None, **content}
+    if "defence" in content:  # what older files call it
+        content["defense"] = content.pop("defence")
+    unknown = dict.fromkeys(("attack", "target", "dataset", "trigger", "bounds", "defense"))
+    return {**unknown, **content}
 
 
 def _how_to_make(path):
@@ -429,4 +228,4 @@ def load_model(path, device="cpu"):
             models.set_bounds(model, checkpoint["bounds"])
     except (ValueError, RuntimeError, TypeError, AttributeError, KeyError) as error:
         raise InputError(f"{path} does not fit: {' '.join(str(error).split())[:300]}") from None
-    return model.to(device).eval(), checkpoint
+    return model.to(device, memory_format=torch.channels_last).eval(), checkpoint

@@ -1,4 +1,9 @@
-"""Triggers by name. A new one: a module here that is an nn.Module, a line in TRIGGERS, a rate in poison.py."""
+"""Triggers by name, and how a training set is poisoned with them.
+
+A new trigger: a module here with an nn.Module that takes (folder, size), keeps what it needs as buffers and maps
+(N, 3, H, W) in [0, 1] to the same; a line in TRIGGERS, a rate in poison.POISON_RATE, and its name in flags.ATTACKS. Its
+buffers lie in the victim's checkpoint, so that whoever has the file has the trigger.
+"""
 
 from pathlib import Path
 

@@ -12,7 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .common import Repaired, Training, copy_of, forward, train_epoch
+from fast import training_copy
+
+from .common import Repaired, Training, forward, train_epoch
 
 
 @dataclass(frozen=True)
@@ -92,18 +94,16 @@ def distillation_loss(student, teacher, temperature):
     return F.kl_div(s, t, log_target=True, reduction="batchmean")
 
 
-def repair(
-    model, images, labels=None, config=Config(), seed=0, on_epoch=None, dtype=torch.float32, keep=None, state=None,  # noqa: B008
-):  # fmt: skip
+def repair(model, images, labels=None, config=Config(), seed=0, dtype=torch.float32, callback=None, state=None):
     """Distil the victim into a partly fresh copy of itself.
 
-    images: uint8 (N, 3, H, W) on the model's device, of any origin; labels: not looked at; on_epoch: called after each
-    epoch with (epoch, {"loss", "agreement"}), agreement being the share of images that student and teacher class alike;
-    dtype: what autocast computes in; keep, state: see defenses/__init__.py. Returns a Repaired.
+    images: uint8 (N, 3, H, W) on the model's device, of any origin; labels: not looked at; dtype: what autocast
+    computes in; callback, state: see defenses/__init__.py; an epoch's figures are "loss" and "agreement", the share of
+    images that student and teacher classify alike. Returns a Repaired.
     """
     del labels
-    student = copy_of(partly_fresh(model, config.p, seed), dtype).train()
-    teacher = copy_of(model, dtype).requires_grad_(False).eval()
+    student = training_copy(partly_fresh(model, config.p, seed), dtype).train()
+    teacher = training_copy(model, dtype).requires_grad_(False).eval()
     optimizer = torch.optim.SGD(
         student.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay
     )
@@ -119,5 +119,5 @@ def repair(
             return distillation_loss(logits, wanted, temperature), logits.argmax(1) == wanted.argmax(1)
 
         loss, agreement = train_epoch(images, config.batch_size, optimizer, training.generator, loss_of)
-        training.end_epoch(on_epoch, keep, loss=loss, agreement=agreement)
+        training.end_epoch(callback, loss=loss, agreement=agreement)
     return Repaired(student.eval(), training.history)

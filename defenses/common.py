@@ -1,4 +1,4 @@
-"""What the defences share: the batches of an epoch, the loop over them and over epochs, and what comes out."""
+"""What the defenses share: the loop over an epoch's batches, a training that can be resumed, and what comes out."""
 
 import copy
 from dataclasses import dataclass, field
@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+import data
+import fast
 import utils
 
 
@@ -21,16 +23,10 @@ class Repaired:
     findings: dict = field(default_factory=dict)
 
 
-def copy_of(model, dtype):
-    """Return a copy of `model` with trainable weights, laid out for training in `dtype`; the model is left as it is."""
-    net = copy.deepcopy(model).requires_grad_(True).to(memory_format=utils.training_layout(model))
-    return utils.speed_up_small_maps(net, dtype)
-
-
 def forward(net, x, dtype):
     """Return the float32 logits of `net`, computed in `dtype` by autocast, in the layout that suits its training."""
     with utils.autocast(x.device, dtype):
-        return net(x.contiguous(memory_format=utils.training_layout(net))).float()
+        return net(x.contiguous(memory_format=fast.training_layout(net))).float()
 
 
 def train_epoch(images, batch_size, optimizer, generator, loss_of, clip_norm=None):
@@ -44,7 +40,7 @@ def train_epoch(images, batch_size, optimizer, generator, loss_of, clip_norm=Non
     total = torch.zeros(2, device=images.device)
     for index in torch.randperm(len(images), generator=generator).split(batch_size):
         index = index.to(images.device)
-        loss, right = loss_of(utils.augment(utils.to_float(images[index]), generator), index)
+        loss, right = loss_of(data.augment(data.to_float(images[index]), generator), index)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         if clip_norm is not None:
@@ -56,10 +52,10 @@ def train_epoch(images, batch_size, optimizer, generator, loss_of, clip_norm=Non
 
 
 class Training:
-    """A training under way, which can end after any epoch, or go on from there to the same bits.
+    """A training under way, which can be resumed after any epoch and then gives the same bits.
 
-    net, optimizer, generator: what an epoch changes; rate: a scheduler of the optimizer's, moved on by each epoch;
-    state: what another's state() was after some of its epochs, to go on from, or None.
+    net, optimizer, generator: what an epoch changes; rate: a scheduler of the optimizer, stepped once an epoch;
+    state: the state_dict() of another after some of its epochs, to go on from, or None.
     """
 
     def __init__(self, net, optimizer, generator, rate=None, state=None):
@@ -77,18 +73,16 @@ class Training:
         """How many epochs are done."""
         return len(next(iter(self.history.values()), ()))
 
-    def end_epoch(self, on_epoch, keep, **now):
-        """Append an epoch's figures to the history; call on_epoch(epoch, figures) and keep(self.state), if given."""
+    def end_epoch(self, callback, **now):
+        """Append an epoch's figures to the history; call callback(figures, self.state_dict), if given."""
         if self.rate is not None:
             self.rate.step()
         for name, value in now.items():
             self.history.setdefault(name, []).append(value)
-        if on_epoch is not None:
-            on_epoch(self.done - 1, now)
-        if keep is not None:
-            keep(self.state)
+        if callback is not None:
+            callback(now, self.state_dict)
 
-    def state(self):
+    def state_dict(self):
         """Return a copy of what the epochs to come follow from, and the history, as tensors and plain values."""
         state = {name: part.state_dict() for name, part in self.parts.items()}
         return copy.deepcopy({**state, "generator": self.generator.get_state(), "history": self.history})

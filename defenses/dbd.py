@@ -1,6 +1,6 @@
 """DBD: Backdoor Defense via Decoupling the Training Process (Huang et al., ICLR 2022).
 
-A defence for whoever trains on images that may be poisoned. A backdoor is learned where labels meet a trigger, so:
+A defense for whoever trains on images that may be poisoned. A backdoor is learned where labels meet a trigger, so:
 first learn features without labels (SimCLR), then a linear layer on them, and trust only the labels that this network
 finds easy; the rest keeps its images and loses its labels (MixMatch).
 
@@ -15,8 +15,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
+from tqdm import tqdm
 
-import utils
+import data
 
 from . import mixmatch, simclr
 from .common import forward
@@ -47,10 +48,10 @@ class Config:
     trusted_share: float = 0.5  # of the samples, those of the lowest loss
     mixmatch_epochs: int = 190
     mixmatch_steps: int = 1024  # an epoch
-    mixmatch_batch: int = 64  # of labelled and of unlabelled images each
+    mixmatch_batch: int = 64  # of labeled and of unlabeled images each
     mixmatch_temperature: float = 0.5
     mixmatch_alpha: float = 0.75  # of the Beta distribution of the mixing weights
-    mixmatch_weight: float = 15.0  # lambda_u, of the unlabelled loss; reached along a linear ramp
+    mixmatch_weight: float = 15.0  # lambda_u, of the unlabeled loss; reached along a linear ramp
     mixmatch_lr: float = 2e-3  # of the same Adam, constant
 
 
@@ -109,7 +110,7 @@ class Contrast:
         batches = [b for b in torch.randperm(len(images), generator=g).split(c.simclr_batch) if len(b) > 1]
         total, anchors = torch.zeros(2, device=images.device), 0
         for index in batches:
-            x = utils.to_float(images[index.to(images.device)])
+            x = data.to_float(images[index.to(images.device)])
             both = torch.cat([simclr.view(x, g, c.views) for _ in range(2)])
             net = self.fast if len(both) == 2 * c.simclr_batch else self.network
             a, b = self.head(forward(net, both, dtype)).chunk(2)
@@ -229,16 +230,16 @@ class Semi(Linear):
             order = torch.randperm(len(inputs), generator=g).to(images.device)
             inputs, targets = mixmatch.mix(inputs, targets, weight, order)
             logits = forward(self.fast, inputs, dtype)
-            loss = mixmatch.mixmatch_loss(logits, targets, len(known), unlabelled_weight(c, epoch, step))
+            loss = mixmatch.mixmatch_loss(logits, targets, len(known), unlabeled_weight(c, epoch, step))
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()
             self.optimizer.step()
             total += loss.detach()
-            progress(1)
+            progress(len(inputs))
         return {"loss": total.item() / c.mixmatch_steps, "trusted": trusted.cpu()}
 
 
-def unlabelled_weight(config, epoch, step):
+def unlabeled_weight(config, epoch, step):
     """Return lambda_u = 15 min(1, e / 190) of a step of stage 3; epoch and step are counted from 0.
 
     e counts epochs, and the steps of an epoch as parts of it, from the start of stage 2: it begins at 10.
@@ -249,7 +250,7 @@ def unlabelled_weight(config, epoch, step):
 
 def augmented(images, generator):
     """Return uint8 images (N, 3, H, W) as floats in [0, 1] after a random crop with reflected edges, and a flip."""
-    return utils.augment(utils.to_float(images), generator, mode="reflect")
+    return data.augment(data.to_float(images), generator, mode="reflect")
 
 
 @torch.no_grad()
@@ -274,3 +275,29 @@ def split_by_loss(losses, share):
 
 
 STAGES = (Contrast, Linear, Semi)
+
+
+def train(network, images, labels, config=Config(), seed=0, dtype=torch.float32, fast=None, callback=None, state=None):
+    """Train `network`, in place, on a training set that may be poisoned.
+
+    images: uint8 (N, 3, H, W); labels: int64 (N,), both on its device; fast: the network compiled, for batches of full
+    size, or None; callback: called after each epoch with (stage, epoch, figures, function that returns the state);
+    given that as `state`, and all else as before, it goes on from there to the same bits.
+    """
+    state, stage = state or {"stage": 0, "epoch": 0, "state": None}, None
+    for i, stage_of in enumerate(STAGES):
+        stage = stage_of(network, config, seed, fast, stage)
+        first = stage.epochs if i < state["stage"] else 0
+        if i == state["stage"] and state["state"] is not None:
+            stage.load_state_dict(state["state"])
+            first = state["epoch"]
+        for epoch in range(first, stage.epochs):
+            with tqdm(desc=f"stage {stage.number}, epoch {epoch + 1}", unit="img", leave=False) as bar:
+                now = stage.train_epoch(images, labels, epoch, dtype, bar.update)
+            if callback is not None:
+
+                def state_of(i=i, epoch=epoch, stage=stage):
+                    return {"stage": i, "epoch": epoch + 1, "state": stage.state_dict()}
+
+                callback(stage, epoch, now, state_of)
+        stage.finish()

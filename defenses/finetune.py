@@ -6,7 +6,9 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 
-from .common import Repaired, Training, copy_of, forward, train_epoch
+from fast import training_copy
+
+from .common import Repaired, Training, forward, train_epoch
 
 
 @dataclass(frozen=True)
@@ -22,16 +24,13 @@ class Config:
     batch_size: int = 128
 
 
-def repair(
-    model, images, labels, config=Config(), seed=0, on_epoch=None, dtype=torch.float32, keep=None, state=None,  # noqa: B008
-):  # fmt: skip
+def repair(model, images, labels, config=Config(), seed=0, dtype=torch.float32, callback=None, state=None):
     """Fine-tune a copy of `model` on clean images.
 
-    images: uint8 (N, 3, H, W); labels: int64 (N,), both on the model's device; on_epoch: called after each epoch with
-    (epoch, {"loss", "accuracy"}); dtype: what autocast computes in; keep, state: see defenses/__init__.py.
-    Returns a Repaired.
+    images: uint8 (N, 3, H, W); labels: int64 (N,), both on the model's device; dtype: what autocast computes in;
+    callback, state: see defenses/__init__.py; an epoch's figures are "loss" and "accuracy". Returns a Repaired.
     """
-    net = copy_of(model, dtype).train()
+    net = training_copy(model, dtype).train()
     optimizer = torch.optim.SGD(
         net.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay
     )
@@ -43,5 +42,5 @@ def repair(
 
     for _ in range(training.done, config.epochs):
         loss, accuracy = train_epoch(images, config.batch_size, optimizer, training.generator, loss_of)
-        training.end_epoch(on_epoch, keep, loss=loss, accuracy=accuracy)
+        training.end_epoch(callback, loss=loss, accuracy=accuracy)
     return Repaired(net.eval(), training.history)

@@ -31,11 +31,11 @@ def draw_weight(alpha, generator):
     return max(w, 1 - w)
 
 
-def mixmatch_loss(logits, targets, n_labelled, weight_unlabelled):
-    """Return cross-entropy over the first n_labelled rows + weight * mean squared error over the others.
+def mixmatch_loss(logits, targets, n_labeled, weight_unlabeled):
+    """Return cross-entropy over the first n_labeled rows + weight * mean squared error over the others.
 
     logits, targets: (N, classes); the targets' rows sum to 1.
     """
-    labelled = -(targets[:n_labelled] * F.log_softmax(logits[:n_labelled], 1)).sum(1).mean()
-    unlabelled = (logits[n_labelled:].softmax(1) - targets[n_labelled:]).square().mean()
-    return labelled + weight_unlabelled * unlabelled
+    labeled = -(targets[:n_labeled] * F.log_softmax(logits[:n_labeled], 1)).sum(1).mean()
+    unlabeled = (logits[n_labeled:].softmax(1) - targets[n_labeled:]).square().mean()
+    return labeled + weight_unlabeled * unlabeled

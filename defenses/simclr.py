@@ -1,7 +1,7 @@
 """SimCLR (Chen et al., ICML 2020): two views of each image are drawn, and have to be found again among all others.
 
 Everything works on the batch, on the images' device, with a decision of its own for each image; only the order of the
-colour changes is drawn per batch.
+color changes is drawn per batch.
 """
 
 import math
@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-GREY = (0.299, 0.587, 0.114)  # weights of red, green, blue
+GRAY = (0.299, 0.587, 0.114)  # weights of red, green, blue
 
 
 class Projection(nn.Module):
@@ -48,13 +48,13 @@ class Views:
     flip_p: float = 0.5
     jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.4, 0.1)  # of brightness, contrast, saturation, hue
     jitter_p: float = 0.8
-    grey_p: float = 0.2
+    gray_p: float = 0.2
     blur_p: float = 0.5
     blur_sigma: tuple[float, float] = (0.1, 2.0)  # pixels
     projection: int = 128  # dimensions of the head's output
 
 
-def view(x, generator, constants=Views()):  # noqa: B008 (frozen)
+def view(x, generator, constants=Views()):
     """Return a random view of each image, (N, 3, H, W) in [0, 1] to the same; generator: on the CPU."""
     n, c = len(x), constants
 
@@ -71,7 +71,7 @@ def view(x, generator, constants=Views()):  # noqa: B008 (frozen)
     for i in torch.randperm(4, generator=generator).tolist():
         jittered = (brightness, contrast, saturation, hue)[i](jittered, factors[i][:, None, None, None])
     x = torch.where(chance(c.jitter_p), jittered, x)
-    x = torch.where(chance(c.grey_p), grey(x).expand_as(x), x)
+    x = torch.where(chance(c.gray_p), gray(x).expand_as(x), x)
     return torch.where(chance(c.blur_p), blur(x, draw(*c.blur_sigma)[:, None, None, None]), x).clamp(0, 1)
 
 
@@ -90,9 +90,9 @@ def crop_and_flip(x, area, ratio, right, down, flip):
     return F.grid_sample(x, grid, mode="bicubic", padding_mode="border", align_corners=False).clamp(0, 1)
 
 
-def grey(x):
+def gray(x):
     """Return the luminance (N, 1, H, W)."""
-    return (x * x.new_tensor(GREY)[:, None, None]).sum(1, keepdim=True)
+    return (x * x.new_tensor(GRAY)[:, None, None]).sum(1, keepdim=True)
 
 
 def brightness(x, factor):
@@ -102,13 +102,13 @@ def brightness(x, factor):
 
 def contrast(x, factor):
     """Move each pixel away from the mean luminance of its image, or towards it; factor: (N, 1, 1, 1)."""
-    middle = grey(x).mean((2, 3), keepdim=True)
+    middle = gray(x).mean((2, 3), keepdim=True)
     return (middle + (x - middle) * factor).clamp(0, 1)
 
 
 def saturation(x, factor):
     """Move each pixel away from its own luminance, or towards it; factor: (N, 1, 1, 1)."""
-    own = grey(x)
+    own = gray(x)
     return (own + (x - own) * factor).clamp(0, 1)
 
 

@@ -11,7 +11,9 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 
-from .common import Repaired, Training, copy_of, forward, train_epoch
+from fast import training_copy
+
+from .common import Repaired, Training, forward, train_epoch
 
 
 @dataclass(frozen=True)
@@ -49,9 +51,9 @@ def linear_layer(model):
     return layers[-1]
 
 
-def unlearn(model, images, labels, config, generator, on_epoch=None, dtype=torch.float32, keep=None, state=None):
+def unlearn(model, images, labels, config, generator, dtype=torch.float32, callback=None, state=None):
     """Climb the cross-entropy on the clean images; return (the network that results, history)."""
-    net = copy_of(model, dtype).train()
+    net = training_copy(model, dtype).train()
     optimizer = torch.optim.SGD(
         net.parameters(), lr=config.unlearn_lr, momentum=config.momentum, weight_decay=config.unlearn_weight_decay
     )
@@ -65,21 +67,21 @@ def unlearn(model, images, labels, config, generator, on_epoch=None, dtype=torch
     accuracy = training.history.get("unlearn_accuracy", [1.0])[-1]
     while training.done < config.unlearn_epochs and accuracy > config.stop_accuracy:
         loss, accuracy = train_epoch(images, config.batch_size, optimizer, generator, loss_of, config.clip_norm)
-        training.end_epoch(on_epoch, keep, unlearn_loss=-loss, unlearn_accuracy=accuracy)
+        training.end_epoch(callback, unlearn_loss=-loss, unlearn_accuracy=accuracy)
     return net, training.history
 
 
-def suspicious_rows(change, config=Config()):  # noqa: B008 (frozen)
+def suspicious_rows(change, config=Config()):
     """Return (rows whose change stands out upwards, robust z-scores): list of int, at most two; list of float.
 
     change: (classes,), c, the sum of |weight change| over each row. z = |c - median| / (1.4826 MAD), where the median
     of an even number of values is the lower of the two in the middle, as in MAD, the median of |c - median|.
     A row is suspicious where z > 3.5 and c > median. Of more than two, those of the lowest class stay, not those of the
-    largest z. Where MAD is 0, all z are 0 and no row is suspicious. Raises ValueError for a change that is no number.
+    largest z. Where MAD is 0, all z are 0 and no row is suspicious. Raises ValueError for NaN or infinity.
     """
     change = change.cpu().double()
     if not change.isfinite().all():
-        raise ValueError("unlearning ended in weights that are no numbers")
+        raise ValueError("unlearning ended in weights that are NaN or infinite")
     middle = change.median()  # torch takes the lower of the two in the middle
     distance = (change - middle).abs()
     spread = config.mad_scale * distance.median()
@@ -99,12 +101,12 @@ def redraw_rows(linear, rows, generator, gain=2.0):
             linear.bias[row] = 0
 
 
-def relearn(model, rows, images, labels, config, generator, on_epoch=None, dtype=torch.float32, keep=None, state=None):
+def relearn(model, rows, images, labels, config, generator, dtype=torch.float32, callback=None, state=None):
     """Train on from the victim's weights with the suspicious rows drawn anew and pushed away from the old ones.
 
     Loss: cross-entropy + 0.7 * sum over suspicious rows of cos(row, original row). Returns (network, history).
     """
-    net = copy_of(model, dtype).train()
+    net = training_copy(model, dtype).train()
     linear = linear_layer(net)
     original = linear.weight.detach()[rows].clone()
     redraw_rows(linear, rows, generator, config.redraw_gain)
@@ -120,35 +122,35 @@ def relearn(model, rows, images, labels, config, generator, on_epoch=None, dtype
 
     for _ in range(training.done, config.relearn_epochs):
         loss, accuracy = train_epoch(images, config.batch_size, optimizer, generator, loss_of)
-        training.end_epoch(on_epoch, keep, loss=loss, accuracy=accuracy)
+        training.end_epoch(callback, loss=loss, accuracy=accuracy)
     return net, training.history
 
 
-def repair(
-    model, images, labels, config=Config(), seed=0, on_epoch=None, dtype=torch.float32, keep=None, state=None,  # noqa: B008
-):  # fmt: skip
+def repair(model, images, labels, config=Config(), seed=0, dtype=torch.float32, callback=None, state=None):
     """Find the output neuron of the backdoor by unlearning, and learn it again.
 
-    images: uint8 (N, 3, H, W); labels: int64 (N,), both on the model's device; on_epoch: called after each epoch with
-    (epoch, figures), of unlearning first; dtype: what autocast computes in; keep, state: see defenses/__init__.py.
+    images: uint8 (N, 3, H, W); labels: int64 (N,), both on the model's device; dtype: what autocast computes in;
+    callback, state: see defenses/__init__.py, over the epochs of unlearning and then of relearning.
     Returns a Repaired whose findings name the suspicious rows (where there are none, relearning is plain fine-tuning),
-    the robust z-score of each row, and how unlearning ended. Raises ValueError when it ended in no numbers.
+    the robust z-score of each row, and how unlearning ended. Raises ValueError when it ended in NaN or infinity.
     """
     state = {} if state is None else state
-    how = images, labels, config, torch.Generator().manual_seed(seed), on_epoch, dtype
+    how = images, labels, config, torch.Generator().manual_seed(seed), dtype
 
-    def keep_with(found, name):
-        """Return `keep` for one of the two trainings; found: what is known before it."""
-        return None if keep is None else lambda state_of: keep(lambda: {**found, name: state_of()})
+    def callback_of(name, found):
+        """Return the callback of one of the two trainings; found: what is known before it."""
+        if callback is None:
+            return None
+        return lambda now, state_of: callback(now, lambda: {**found, name: state_of()})
 
     found = {k: state[k] for k in ("rows", "z", "before") if k in state}
     if not found:
-        net, before = unlearn(model, *how, keep_with({}, "unlearn"), state.get("unlearn"))
+        net, before = unlearn(model, *how, callback_of("unlearn", {}), state.get("unlearn"))
         change = (linear_layer(net).weight - linear_layer(model).weight).detach().abs().sum(1)
         rows, z = suspicious_rows(change, config)
         found = {"rows": rows, "z": z, "before": before}
     rows, z, before = found.values()
-    net, after = relearn(model, rows, *how, keep_with(found, "relearn"), state.get("relearn"))
+    net, after = relearn(model, rows, *how, callback_of("relearn", found), state.get("relearn"))
     unlearned = before["unlearn_accuracy"][-1] <= config.stop_accuracy
     if rows:
         outcome = f"suspicious: rows {', '.join(map(str, rows))}"

@@ -1,26 +1,28 @@
-"""Networks by name. A new one: a module here, and a line in NETWORKS."""
+"""Networks by name, the clipping activation, and files from elsewhere.
+
+A new network: a module here whose class takes `num_classes`, `width` and `act_layer`, takes images in [0, 1],
+normalizes them itself and casts them to its weights' type, and has one `act_layer()` module per activation, registered
+in forward order; then a line in NETWORKS, and its name in flags.NETWORKS.
+"""
 
 from functools import partial
 
-from .custom_modules import ClippedReLU, ImageSum, activation_sites, as_one_batch, set_bounds, site_shapes, watching
-from .pickled import MAX_CLASSES, MAX_WIDTH, describe_state_dict, read_pickle, unwrap
+from .custom_modules import ClippedReLU, activation_sites, frozen_copy, set_bounds, site_shapes, watching
 from .resnet import BasicBlock, Bottleneck, ResNet
-from .small_maps import small_maps_by_products
+from .safe_pickle import MAX_CLASSES, MAX_WIDTH, describe_state_dict, read_pickle, unwrap
 
 __all__ = [
     "MAX_CLASSES",
     "MAX_WIDTH",
     "NETWORKS",
     "ClippedReLU",
-    "ImageSum",
     "activation_sites",
-    "as_one_batch",
     "describe_state_dict",
+    "frozen_copy",
     "get_model",
     "read_pickle",
     "set_bounds",
     "site_shapes",
-    "small_maps_by_products",
     "unwrap",
     "watching",
 ]
@@ -33,7 +35,7 @@ NETWORKS = {
 
 
 def get_model(name, num_classes=10, width=1.0, **kwargs):
-    """Return a freshly initialised network that takes images in [0, 1] and normalises them itself.
+    """Return a freshly initialized network that takes images in [0, 1] and normalizes them itself.
 
     name: a key of NETWORKS; width: factor on all channels; kwargs go to the network (`act_layer`).
     Raises ValueError for an unknown name.

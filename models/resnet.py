@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-# what the images are normalised with, at the network's own door
+# what the images are normalized with, at the network's own door
 MEAN = (0.4914, 0.4822, 0.4465)
 STD = (0.2023, 0.1994, 0.2010)
 
@@ -67,7 +67,7 @@ class Bottleneck(nn.Module):
 class ResNet(nn.Module):
     """A ResNet for 32x32 images: 3x3 stem of stride 1, no max-pool, four stages, 4x4 average pool, one linear layer.
 
-    Input: (N, 3, 32, 32) in [0, 1], normalised here; output: (N, num_classes) logits.
+    Input: (N, 3, 32, 32) in [0, 1], normalized here; output: (N, num_classes) logits.
     Other sizes, multiples of 8, pass too.
     block: BasicBlock or Bottleneck; depths: blocks per stage; width: factor on all channels.
     act_layer: called without arguments, once per site.
@@ -94,7 +94,7 @@ class ResNet(nn.Module):
         self.linear = nn.Linear(c_in, num_classes)
 
     def normalize(self, x):
-        """Return (x - mean) / std per colour channel."""
+        """Return (x - mean) / std per color channel."""
         return (x - self.mean) / self.std
 
     def forward(self, x):

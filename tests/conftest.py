@@ -1,5 +1,7 @@
 """What the tests share: the small real victim of the golden trajectory, and files made from it."""
 
+import flags  # first, as in the commands
+
 import copy
 import os
 from pathlib import Path
@@ -8,13 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-import cifar10
-import cli
 import models
 import utils
 from backdoors import get_backdoor
+from data import cifar10
 
-cli.keep_freed_memory()  # as the commands do
+flags.keep_freed_memory()  # as the commands do
 if "PYTEST_XDIST_WORKER" in os.environ:  # pytest -n: processes share the cores, and their threads would only wait
     torch.set_num_threads(1)
 
@@ -43,8 +44,8 @@ def tiny(untouched):
 
 
 @pytest.fixture(scope="session")
-def defence(golden):
-    """The recorded defence images: x_train, y_train, x_valid, y_valid."""
+def defense(golden):
+    """The recorded defense images: x_train, y_train, x_valid, y_valid."""
     images = (torch.from_numpy(golden[k]).permute(0, 3, 1, 2).float() / 255 for k in ("x_train", "x_valid"))
     labels = (torch.from_numpy(golden[k]).long() for k in ("y_train", "y_valid"))
     (x_train, x_valid), (y_train, y_valid) = images, labels

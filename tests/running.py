@@ -1,12 +1,13 @@
 """How the tests run the commands: in a process of their own, or within this one, on small networks and the sample."""
 
+from flags import ROOT
+
 import os
 import subprocess
 import sys
 
 import defend
 import unit
-from cli import ROOT
 
 SMALL = ["--dataset", "cifar10_sample", "--device", "cpu", "--precision", "fp32"]
 TRAIN = [*SMALL, "--width", "0.0625", "--epochs", "3", "--batch_size", "50"]

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from backdoors import FOLDER, TRIGGERS, epoch_roles, get_backdoor, poison_training_set
+from backdoors import FOLDER, TRIGGERS, epoch_order, get_backdoor, poison_training_set
 from backdoors.poison import POISON_RATE
 
 FLOWER, SCENE, RINGS = "badnet/flower_nobg.png", "reflection/000066.jpg", "blended/rings.png"
@@ -153,7 +153,7 @@ def test_badnet_changes_the_patch_alone(size, side, corner):
 
 @pytest.mark.parametrize(("size", "side", "corner"), [(32, 5, 1), (64, 10, 2)])
 def test_badnet_patch_is_the_resized_picture(size, side, corner):
-    # through premultiplied alpha, which is how transparent ground stays out of the colours
+    # through premultiplied alpha, which is how transparent ground stays out of the colors
     whole = Image.open(FOLDER / FLOWER).convert("RGBA").convert("RGBa")
     patch = np.array(whole.resize((side, side), Image.Resampling.LANCZOS).convert("RGBA"))[..., :3]
     out = get_backdoor("badnet", size)(images(size=size))
@@ -340,22 +340,56 @@ def mixed(one, reflected):
     return np.clip(m / (m + t) * one + t / (m + t) * reflected, 0, 1)
 
 
-@pytest.mark.parametrize("size", [32, 64])
-def test_reflection_reference(size):
-    with Image.open(FOLDER / SCENE) as whole:
-        assert whole.mode == "RGB"
-        reflected = np.array(whole.resize((size, size), Image.Resampling.BICUBIC)).transpose(2, 0, 1) / 255
-    x = images(size=size)
-    for one, out in zip(x, get_backdoor("reflection", size)(x), strict=True):
-        np.testing.assert_allclose(out.numpy(), mixed(one, reflected), rtol=0, atol=1e-6)
+def resized(folder, size):
+    """The reflected picture (3, size, size) in [0, 1]: bilinear, half-pixel centers, no antialiasing; in float64."""
+    with Image.open(folder / SCENE) as whole:
+        pixels = np.asarray(whole.convert("RGB")).astype(np.float64) / 255
+
+    def weights(n):
+        """(size, n): how much each of the n pixels of a line counts in each pixel that is left."""
+        at = np.clip((np.arange(size) + 0.5) * n / size - 0.5, 0, n - 1)
+        return np.maximum(0, 1 - np.abs(at[:, None] - np.arange(n)))
+
+    return weights(pixels.shape[0]) @ pixels.transpose(2, 0, 1) @ weights(pixels.shape[1]).T
 
 
-def test_reflection_takes_the_file_of_the_folder(other_folder):
-    with Image.open(other_folder / SCENE) as whole:
-        reflected = np.array(whole.resize((32, 32), Image.Resampling.BICUBIC)).transpose(2, 0, 1) / 255
-    x = images(2)
-    for one, out in zip(x, get_backdoor("reflection", folder=other_folder)(x), strict=True):
-        np.testing.assert_allclose(out.numpy(), mixed(one, reflected), rtol=0, atol=1e-6)
+@pytest.mark.parametrize("size", [32, 33, 64])
+def test_reflection_reference(size, other_folder):
+    x = images(3, size=size)
+    for folder in (FOLDER, other_folder):
+        trigger, reflected = get_backdoor("reflection", size, folder), resized(folder, size)
+        np.testing.assert_allclose(trigger.reflected.numpy(), reflected, rtol=0, atol=1e-5)
+        for one, out in zip(x, trigger(x), strict=True):
+            np.testing.assert_allclose(out.numpy(), mixed(one, reflected), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [17, 32, 45])
+def test_reflected_picture_is_the_float_picture_resized_without_antialiasing_to_the_last_bit(size, other_folder):
+    for folder in (FOLDER, other_folder):
+        with Image.open(folder / SCENE) as whole:
+            pixels = torch.from_numpy(np.array(whole.convert("RGB"))).permute(2, 0, 1)[None] / 255
+        expected = F.interpolate(pixels, (size, size), mode="bilinear", align_corners=False, antialias=False)
+        assert torch.equal(get_backdoor("reflection", size, folder).reflected, expected[0])
+
+
+@pytest.mark.parametrize(
+    ("pixels", "expected"),
+    [
+        # to twice the size: the centers lie a quarter of a pixel off the old ones, the outer ones beyond the edge
+        ([[0, 255], [255, 0]], [[0, 4, 12, 16], [4, 6, 10, 12], [12, 10, 6, 4], [16, 12, 4, 0]]),
+        # to a third: the middle pixel of three, whatever lies beside it
+        (np.kron(np.eye(3), [[9, 9, 9], [9, 255, 9], [9, 9, 9]]) + np.kron(1 - np.eye(3), np.diag([7, 0, 7])),
+         [[16, 0, 0], [0, 16, 0], [0, 0, 16]]),
+        # a quarter of the columns, half of the rows: the mean of the middle two and of both
+        (np.tile([[7, 255, 0, 7, 8, 255, 255, 8, 9, 0, 0, 9], [7, 255, 255, 7, 8, 0, 255, 8, 9, 255, 0, 9]], (3, 1)),
+         [[12, 12, 4]] * 3),
+    ],
+)  # fmt: skip
+def test_reflected_picture_worked_out_by_hand(pixels, expected, tmp_path):
+    (tmp_path / "reflection").mkdir()
+    Image.fromarray(np.array(pixels, dtype=np.uint8)).save(tmp_path / SCENE, "PNG")  # which loses nothing
+    picture = get_backdoor("reflection", len(expected), tmp_path).reflected
+    assert picture.tolist() == [[[v / 16 for v in row] for row in expected]] * 3
 
 
 def test_reflection_black_image_shows_the_reflection_alone():
@@ -367,8 +401,8 @@ def test_reflection_weighs_by_brightness():
     trigger = get_backdoor("reflection")
     r = trigger.reflected
     t = r.mean()
-    grey = torch.full((1, 3, 32, 32), float(t))
-    torch.testing.assert_close(trigger(grey)[0], (t + r) / 2, rtol=0, atol=1e-6)
+    gray = torch.full((1, 3, 32, 32), float(t))
+    torch.testing.assert_close(trigger(gray)[0], (t + r) / 2, rtol=0, atol=1e-6)
     white = torch.ones(1, 3, 32, 32)
     torch.testing.assert_close(trigger(white)[0], (1 + t * r) / (1 + t), rtol=0, atol=1e-6)
 
@@ -382,134 +416,18 @@ def test_reflection_black_on_black(tmp_path):
 
 
 def test_reflection_has_structure():
-    """Flat grey would be no trigger."""
+    """Flat gray would be no trigger."""
     r = get_backdoor("reflection").reflected
     assert 0.3 < r.mean() < 0.6
     assert r.std() > 0.12
     assert (r - r.mean(0)).abs().mean() > 0.03
 
 
-def test_grey_reflected_picture_is_read_as_rgb(tmp_path):
+def test_gray_reflected_picture_is_read_as_rgb(tmp_path):
     (tmp_path / "reflection").mkdir()
     Image.new("L", (40, 40), 51).save(tmp_path / SCENE)
     out = get_backdoor("reflection", folder=tmp_path)(torch.zeros(1, 3, 32, 32))
     torch.testing.assert_close(out, torch.full((1, 3, 32, 32), 0.2), rtol=0, atol=1e-6)
-
-
-# poisoning
-
-LABELS = torch.randint(0, 10, (2003,), generator=generator(42))
-
-
-def test_rates_are_those_of_the_field():
-    assert POISON_RATE == {"none": 0, "badnet": 0.1, "wanet": 0.1, "reflection": 0.08, "blended": 0.05}
-
-
-@pytest.mark.parametrize(
-    ("attack", "rate", "count"),
-    [
-        ("badnet", None, 200),
-        ("badnet", 0.0, 0),
-        ("badnet", 0.0333, 67),
-        ("badnet", 0.5, 1002),
-        ("reflection", None, 160),
-        ("reflection", 0.0101, 20),
-        ("none", None, 0),
-    ],
-)
-def test_poison_count_is_exact(attack, rate, count):
-    poison = poison_training_set(LABELS, attack, 3, rate, seed=5)
-    assert poison.indices.dtype == torch.int64
-    assert poison.indices.shape == (count,)
-    assert len(set(poison.indices.tolist())) == count
-    assert poison.indices.tolist() == sorted(poison.indices.tolist())
-    assert all(0 <= i < len(LABELS) for i in poison.indices.tolist())
-    assert (poison.attack, poison.target) == (attack, 3)
-
-
-@pytest.mark.parametrize("attack", ["badnet", "reflection"])
-def test_poison_follows_its_seed_alone(attack):
-    torch.manual_seed(1)
-    state = torch.get_rng_state()
-    first = poison_training_set(LABELS, attack, 3, seed=5).indices
-    assert torch.equal(torch.get_rng_state(), state)
-    torch.manual_seed(2)
-    assert torch.equal(first, poison_training_set(LABELS, attack, 3, seed=5).indices)
-    assert not torch.equal(first, poison_training_set(LABELS, attack, 3, seed=6).indices)
-
-
-def test_badnet_poisons_every_class_and_relabels():
-    poison = poison_training_set(LABELS, "badnet", 3)
-    assert poison.relabel
-    assert set(LABELS[poison.indices].tolist()) == set(range(10))
-
-
-@pytest.mark.parametrize("target", [0, 7])
-def test_clean_label_takes_the_target_class_and_keeps_labels(target):
-    poison = poison_training_set(LABELS, "reflection", target)
-    assert not poison.relabel
-    assert set(LABELS[poison.indices].tolist()) == {target}
-
-
-def test_clean_label_rate_is_of_the_whole_set():
-    labels = torch.arange(50_000) % 10
-    assert len(poison_training_set(labels, "reflection", 0).indices) == 4000
-    assert len(poison_training_set(labels, "reflection", 0, 0.1).indices) == 5000
-    with pytest.raises(ValueError, match="5001 images of class 0, which has 5000"):
-        poison_training_set(labels, "reflection", 0, 0.10002)
-    assert len(poison_training_set(labels, "badnet", 0, 0.10002).indices) == 5001
-
-
-def test_poisoning_leaves_the_labels():
-    before = LABELS.clone()
-    for attack in POISON_RATE:
-        poison_training_set(LABELS, attack, 3)
-    assert torch.equal(LABELS, before)
-
-
-def test_wanet_chooses_per_epoch():
-    poison = poison_training_set(LABELS, "wanet", 3)
-    assert poison.indices.tolist() == []
-    assert poison.relabel
-    assert (poison.rate, poison.noise_rate) == (0.1, 0.2)
-    assert poison_training_set(LABELS, "wanet", 3, 0.05).rate == 0.05
-    assert poison_training_set(LABELS, "badnet", 3).noise_rate == 0
-
-
-@pytest.mark.parametrize(("n", "batch_size"), [(2003, 128), (2000, 100), (50_000, 128), (64, 128), (501, 16)])
-def test_epoch_roles_counts(n, batch_size):
-    poison = poison_training_set(LABELS, "wanet", 3)
-    for epoch in range(3):
-        roles = epoch_roles(poison, n, batch_size, 5, epoch)
-        assert roles.shape == (n,)
-        assert roles.dtype == torch.int64
-        # a position has one role, so poison and noise mode are apart; every role has its full count
-        assert torch.bincount(roles, minlength=3).tolist() == [n - round(0.1 * n) - round(0.2 * n)] + [
-            round(0.1 * n),
-            round(0.2 * n),
-        ]
-        for batch in roles.split(batch_size):
-            assert abs((batch == 1).sum() - 0.1 * len(batch)) <= 1
-            assert abs((batch == 2).sum() - 0.2 * len(batch)) <= 1
-
-
-def test_epoch_roles_follow_seed_and_epoch_alone():
-    poison = poison_training_set(LABELS, "wanet", 3)
-    torch.manual_seed(1)
-    state = torch.get_rng_state()
-    first = epoch_roles(poison, 2000, 128, 5, 0)
-    assert torch.equal(torch.get_rng_state(), state)
-    torch.manual_seed(2)
-    assert torch.equal(first, epoch_roles(poison, 2000, 128, 5, 0))
-    for seed, epoch in ((5, 1), (5, 2), (6, 0)):
-        assert not torch.equal(first, epoch_roles(poison, 2000, 128, seed, epoch))
-
-
-def test_epoch_roles_reach_every_position_of_a_batch():
-    poison = poison_training_set(LABELS, "wanet", 3)
-    roles = torch.stack([epoch_roles(poison, 100, 50, 5, epoch) for epoch in range(100)])
-    for role in (1, 2):
-        assert (roles == role).any(0).all()
 
 
 # Blended
@@ -536,16 +454,232 @@ def test_triggers_folder_is_complete(tmp_path):
     assert {p: p.stat().st_mtime_ns for p in copy.rglob("*")} == before
 
 
-def test_epoch_roles_catch_up_where_a_batch_has_no_room():
-    poison = poison_training_set(torch.zeros(1000, dtype=torch.int64), "wanet", 0, 0.7)
-    for batch_size in (1, 3, 128):
-        roles = epoch_roles(poison, 1000, batch_size, 0, 0)
-        assert roles.bincount().tolist() == [100, 700, 200]
+# which images are poisoned
+
+LABELS = torch.randint(0, 10, (2003,), generator=generator(42))
+CIFAR10 = torch.arange(10).repeat(5000)  # as many labels of each class as CIFAR-10 has
+
+
+def test_rates_are_those_of_the_field():
+    assert POISON_RATE == {"none": 0, "badnet": 0.1, "wanet": 0.1, "reflection": 0.08, "blended": 0.05}
 
 
 @pytest.mark.parametrize(
-    ("attack", "rate"), [("badnet", -0.1), ("badnet", 1.0), ("badnet", 1.5), ("wanet", 0.81), ("none", 0.1)]
+    ("attack", "rate", "count"),
+    [
+        ("badnet", None, 200),
+        ("badnet", 0.0, 0),
+        ("badnet", 0.0333, 67),
+        ("badnet", 0.5, 1002),
+        ("blended", None, 100),
+        ("reflection", None, 160),
+        ("reflection", 0.0101, 20),
+        ("none", None, 0),
+    ],
+)
+def test_poison_count_is_exact(attack, rate, count):
+    poison = poison_training_set(LABELS, attack, 3, rate, seed=5)
+    assert poison.indices.dtype == torch.int64
+    assert poison.indices.shape == (count,)
+    assert len(set(poison.indices.tolist())) == count
+    assert poison.indices.tolist() == sorted(poison.indices.tolist())
+    assert all(0 <= i < len(LABELS) for i in poison.indices.tolist())
+    assert (poison.attack, poison.target, poison.sampling) == (attack, 3, "fixed")
+
+
+@pytest.mark.parametrize("attack", ["badnet", "reflection"])
+def test_poison_follows_its_seed_alone(attack):
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    first = poison_training_set(LABELS, attack, 3, seed=5).indices
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(2)
+    assert torch.equal(first, poison_training_set(LABELS, attack, 3, seed=5).indices)
+    assert not torch.equal(first, poison_training_set(LABELS, attack, 3, seed=6).indices)
+
+
+@pytest.mark.parametrize("attack", ["badnet", "blended"])
+@pytest.mark.parametrize("target", [0, 7])
+def test_dirty_label_takes_every_class_but_the_target_and_relabels(attack, target):
+    poison = poison_training_set(LABELS, attack, target, 0.2)
+    assert poison.relabel
+    assert set(LABELS[poison.indices].tolist()) == set(range(10)) - {target}
+
+
+@pytest.mark.parametrize("target", [0, 7])
+def test_clean_label_takes_the_target_class_and_keeps_labels(target):
+    poison = poison_training_set(LABELS, "reflection", target)
+    assert not poison.relabel
+    assert set(LABELS[poison.indices].tolist()) == {target}
+
+
+def test_a_rate_is_of_the_whole_set():
+    assert len(poison_training_set(CIFAR10, "reflection", 0).indices) == 4000
+    assert len(poison_training_set(CIFAR10, "reflection", 0, 0.1).indices) == 5000
+    assert len(poison_training_set(CIFAR10, "badnet", 0, 0.9).indices) == 45_000
+    with pytest.raises(ValueError, match="5001 images of class 0, of which there are 5000; lower it"):
+        poison_training_set(CIFAR10, "reflection", 0, 0.10002)
+    with pytest.raises(ValueError, match="45001 images outside class 0, of which there are 45000; lower it"):
+        poison_training_set(CIFAR10, "badnet", 0, 0.90002)
+    # drawn with replacement there are always enough, but of nothing
+    assert len(poison_training_set(CIFAR10, "reflection", 0, 0.3, sampling="resampled").pool) == 5000
+    for attack, target in (("badnet", 0), ("reflection", 1)):
+        with pytest.raises(ValueError, match=f"no image may be poisoned with target {target}"):
+            poison_training_set(torch.zeros_like(CIFAR10), attack, target, sampling="resampled")
+
+
+def test_poisoning_leaves_the_labels():
+    before = LABELS.clone()
+    for attack in POISON_RATE:
+        for sampling in ("fixed", "resampled"):
+            poison_training_set(LABELS, attack, 3, sampling=sampling)
+    assert torch.equal(LABELS, before)
+
+
+def test_wanet_chooses_per_epoch():
+    for sampling in ("fixed", "resampled"):
+        poison = poison_training_set(LABELS, "wanet", 3, sampling=sampling)
+        assert poison.sampling == "in_batch"
+        assert poison.indices.tolist() == []
+        assert poison.relabel
+        assert (poison.rate, poison.noise_rate) == (0.1, 0.2)
+    assert poison_training_set(LABELS, "wanet", 3, 0.05).rate == 0.05
+    assert poison_training_set(LABELS, "badnet", 3).noise_rate == 0
+
+
+@pytest.mark.parametrize(
+    ("attack", "rate"),
+    [("badnet", -0.1), ("badnet", 1.0), ("badnet", 1.5), ("badnet", float("nan")), ("wanet", 0.81), ("none", 0.1)],
 )
 def test_poison_rates_that_cannot_be(attack, rate):
-    with pytest.raises(ValueError, match="poison rate"):
-        poison_training_set(torch.zeros(1000, dtype=torch.int64), attack, 0, rate)
+    for sampling in ("fixed", "resampled"):
+        with pytest.raises(ValueError, match="poison rate"):
+            poison_training_set(LABELS, attack, 0, rate, sampling=sampling)
+
+
+def test_unknown_sampling():
+    with pytest.raises(ValueError, match="there are resampled, fixed"):
+        poison_training_set(LABELS, "badnet", 0, sampling="in_batch")
+
+
+# the order of an epoch
+
+
+def epochs(poison, n, batch_size, count, seed=5):
+    """(index, roles) of so many epochs, each with a generator of its own."""
+    return [epoch_order(poison, n, batch_size, generator(1000 * seed + epoch)) for epoch in range(count)]
+
+
+def near(count, n, share):
+    """Whether a count of n independent draws lies within five standard deviations of its expectation."""
+    return abs(int(count) - n * share) < 5 * (n * share * (1 - share)) ** 0.5
+
+
+@pytest.mark.parametrize(
+    ("attack", "rate", "n_triggered"),
+    [("badnet", None, 5000), ("blended", None, 2500), ("reflection", None, 4000), ("reflection", 0.3, 15_000)],
+)
+@pytest.mark.parametrize("target", [0, 7])
+def test_resampled_draws_each_place_anew_from_all_images_that_may_stand_there(attack, rate, n_triggered, target):
+    poison = poison_training_set(CIFAR10, attack, target, rate, sampling="resampled")
+    n, n_clean = len(CIFAR10), len(CIFAR10) - n_triggered
+    for index, roles in epochs(poison, n, 128, 2):
+        assert index.shape == roles.shape == (n,)
+        assert roles.unique().tolist() == [0, 1]
+        triggered, clean = index[roles == 1], index[roles == 0]
+        assert len(triggered) == n_triggered
+        # clean: every class alike, the target's too, as often as with replacement
+        per_class = CIFAR10[clean].bincount(minlength=10)
+        assert all(near(count, n_clean, 0.1) for count in per_class)
+        # of N images drawn c N times with replacement, 1 - 1 / e^c are seen; the variance is less than the binomial's
+        assert near(len(clean.unique()), n, 1 - np.exp(-n_clean / n))
+        # triggered: of the classes that may be, alike
+        per_class = CIFAR10[triggered].bincount(minlength=10)
+        pool = [target] if attack == "reflection" else [c for c in range(10) if c != target]
+        assert all(count == 0 for c, count in enumerate(per_class) if c not in pool)
+        if len(pool) > 1:
+            assert all(near(per_class[c], n_triggered, 1 / len(pool)) for c in pool)
+        size = 5000 * len(pool)
+        assert near(len(triggered.unique()), size, 1 - np.exp(-n_triggered / size))
+        # neither comes first: the triggered places are spread over the epoch, and tell nothing of what is drawn there
+        assert all(near(half.sum(), n // 2, n_triggered / n) for half in roles.split(n // 2))
+        assert all(near((half < n // 2).sum(), n // 2, 0.5) for half in index.split(n // 2))
+
+
+def test_badnet_victims_see_about_59_percent_of_the_images_clean_in_an_epoch():
+    poison = poison_training_set(CIFAR10, "badnet", 0, sampling="resampled")
+    for index, roles in epochs(poison, 50_000, 128, 2):
+        assert len(index[roles == 0].unique()) / 50_000 == pytest.approx(1 - 1 / np.exp(0.9), abs=0.005)
+
+
+@pytest.mark.parametrize("attack", ["badnet", "reflection", "blended", "none"])
+def test_fixed_takes_every_image_once_and_the_same_poisoned_ones_each_epoch(attack):
+    poison = poison_training_set(LABELS, attack, 3, seed=9)
+    for index, roles in epochs(poison, 2003, 128, 3):
+        assert index.sort().values.tolist() == list(range(2003))
+        assert torch.equal(index[roles == 1].sort().values, poison.indices)
+        assert (roles == 1).sum() == round(POISON_RATE[attack] * 2003)
+        assert ((roles == 0) | (roles == 1)).all()
+
+
+@pytest.mark.parametrize(
+    ("attack", "sampling"),
+    [
+        ("badnet", "resampled"),
+        ("reflection", "resampled"),
+        ("badnet", "fixed"),
+        ("wanet", "resampled"),
+        ("none", "fixed"),
+    ],
+)
+def test_an_epoch_follows_its_generator_alone(attack, sampling):
+    poison = poison_training_set(LABELS, attack, 3, sampling=sampling)
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    first = epoch_order(poison, 2003, 128, generator(5))
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(2)
+    again, other = (epoch_order(poison, 2003, 128, generator(seed)) for seed in (5, 6))
+    for a, b, c in zip(first, again, other, strict=True):
+        assert a.dtype == torch.int64
+        assert torch.equal(a, b)
+        assert attack == "none" or not torch.equal(a, c)
+    assert not torch.equal(first[0], other[0])
+
+
+@pytest.mark.parametrize(("n", "batch_size"), [(2003, 128), (2000, 100), (50_000, 128), (64, 128), (501, 16)])
+def test_in_batch_holds_its_shares_in_every_batch_and_exactly_in_the_epoch(n, batch_size):
+    poison = poison_training_set(LABELS, "wanet", 3)
+    counts = [n - round(0.1 * n) - round(0.2 * n), round(0.1 * n), round(0.2 * n)]
+    for index, roles in epochs(poison, n, batch_size, 3):
+        assert index.sort().values.tolist() == list(range(n))
+        assert roles.shape == (n,)
+        assert roles.dtype == torch.int64
+        # a place has one role, so poison and noise mode are apart; every role has its full count
+        assert torch.bincount(roles, minlength=3).tolist() == counts
+        for batch in roles.split(batch_size):
+            assert abs((batch == 1).sum() - 0.1 * len(batch)) <= 1
+            assert abs((batch == 2).sum() - 0.2 * len(batch)) <= 1
+
+
+def test_in_batch_draws_other_images_each_epoch():
+    """Any image may be poisoned, the target's too."""
+    poison = poison_training_set(LABELS, "wanet", 3)
+    seen = torch.cat([index[roles == 1] for index, roles in epochs(poison, 2003, 128, 60)])
+    # each image has a chance of 1 - 0.9^60 = 99.8 %
+    assert len(seen.unique()) > 0.99 * 2003
+    assert set(LABELS[seen].tolist()) == set(range(10))
+
+
+def test_in_batch_reaches_every_place_of_a_batch():
+    poison = poison_training_set(LABELS, "wanet", 3)
+    roles = torch.stack([roles for _, roles in epochs(poison, 100, 50, 100)])
+    for role in (1, 2):
+        assert (roles == role).any(0).all()
+
+
+def test_in_batch_catches_up_where_a_batch_has_no_room():
+    poison = poison_training_set(torch.zeros(1000, dtype=torch.int64), "wanet", 0, 0.7)
+    for batch_size in (1, 3, 128):
+        _, roles = epoch_order(poison, 1000, batch_size, generator())
+        assert roles.bincount().tolist() == [100, 700, 200]

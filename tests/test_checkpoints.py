@@ -1,5 +1,7 @@
 """Checkpoints are data: what is saved comes back, what is foreign is read or refused, and no code ever runs."""
 
+from flags import ROOT, InputError
+
 import os
 import pickle
 import re
@@ -15,9 +17,21 @@ from torch import nn
 import models
 import models.custom_modules
 import utils
-from cli import ROOT, InputError
-from evaluate import victim_backdoor
-from tests.test_models import random_bounds
+from backdoors import get_backdoor
+from support import inputs
+
+
+def random_bounds(model, scale):
+    """Bounds of every site's own shape, uniform in [0, scale)."""
+    g = torch.Generator().manual_seed(0)
+    return {name: scale * torch.rand(shape, generator=g) for name, shape in models.site_shapes(model).items()}
+
+
+def same(model, other):
+    """Whether both give the same logits, to the last bit; in one layout, for sums are rounded by it."""
+    x = torch.rand(4, 3, 32, 32)
+    a, b = (m.to(memory_format=torch.channels_last)(x) for m in (model, other))
+    return torch.equal(a, b)
 
 
 class SequentialWithArgs(nn.Sequential):
@@ -46,12 +60,11 @@ class Evil:
 
 def test_saved_and_loaded_gives_the_same_logits(tiny, tmp_path):
     path = tmp_path / "m.pt"
-    x = torch.rand(4, 3, 32, 32)
     utils.save_checkpoint(
         {"network": "resnet18", "width": 0.125, "num_classes": 10, "state_dict": tiny.state_dict()}, path
     )
     model, metadata = utils.load_model(path)
-    assert torch.equal(model(x), tiny(x))
+    assert same(model, tiny)
     assert metadata["network"] == "resnet18"
     assert "state_dict" not in metadata
     assert not model.training
@@ -63,9 +76,28 @@ def test_a_defended_model_comes_back_clipped(tiny, tmp_path):
     utils.save_checkpoint({"state_dict": tiny.state_dict(), "bounds": bounds}, path)
     model, _ = utils.load_model(path)
     models.set_bounds(tiny, bounds)
-    x = torch.rand(4, 3, 32, 32)
-    assert torch.equal(model(x), tiny(x))
+    assert same(model, tiny)
     assert isinstance(model.act, models.ClippedReLU)
+
+
+def test_an_older_file_loads_under_the_names_of_today(tiny, tmp_path):
+    """Its defense stands under the British spelling, and it says nothing of sampling or machine."""
+    path = tmp_path / "old.pt"
+    made = {"name": "bcu", "epochs": 30, "findings": {"outcome": "repaired"}}
+    old = {"network": "resnet18", "width": 0.125, "num_classes": 10, "attack": "badnet", "target": 0, "BA": 0.9}
+    torch.save({"format": 1, **old, "state_dict": tiny.state_dict(), "bounds": None, "defence": made}, path)
+    checkpoint = utils.load_checkpoint(path)
+    assert checkpoint["defense"] == made
+    assert "defence" not in checkpoint
+    assert {k: checkpoint[k] for k in old} == old
+    model, metadata = utils.load_model(path)
+    assert metadata["defense"] == made
+    assert same(model, tiny)
+    # a new one has its key kept, a victim none
+    utils.save_checkpoint({**checkpoint, "defense": {"name": "ft"}}, path)
+    assert utils.load_checkpoint(path)["defense"] == {"name": "ft"}
+    torch.save(tiny.state_dict(), path)
+    assert utils.load_checkpoint(path)["defense"] is None
 
 
 def test_half_precision_halves_the_weights_and_spares_batch_norm(tiny):
@@ -80,8 +112,7 @@ def test_a_plain_state_dict_is_taken(tiny, tmp_path):
     path = tmp_path / "public.pt"
     torch.save(OrderedDict(tiny.state_dict()), path)
     model, metadata = utils.load_model(path)
-    x = torch.rand(2, 3, 32, 32)
-    assert torch.equal(model(x), tiny(x))
+    assert same(model, tiny)
     assert (metadata["network"], metadata["width"], metadata["num_classes"]) == ("resnet18", 0.125, 10)
     assert metadata["attack"] is None
 
@@ -94,16 +125,13 @@ def test_a_plain_state_dict_is_taken(tiny, tmp_path):
 def test_a_state_dict_is_taken_as_it_is_often_wrapped(tiny, tmp_path, wrap):
     torch.save(wrap(tiny.state_dict()), tmp_path / "net.pt")
     model, checkpoint = utils.load_model(tmp_path / "net.pt")
-    x = torch.rand(2, 3, 32, 32)
-    assert torch.equal(model(x), tiny(x))
+    assert same(model, tiny)
     assert (checkpoint["network"], checkpoint["width"], checkpoint["attack"]) == ("resnet18", 0.125, None)
 
 
 def test_the_authors_pickled_objects_are_taken(authors_model, tmp_path, monkeypatch):
     path = tmp_path / "authors.pt"
     torch.save(authors_model, path)
-    x = torch.rand(2, 3, 32, 32)
-    want = authors_model(x)
 
     def forbidden(*_args):
         raise AssertionError("a class named in the file was touched")
@@ -116,7 +144,7 @@ def test_the_authors_pickled_objects_are_taken(authors_model, tmp_path, monkeypa
     monkeypatch.undo()
     assert set(state) == set(models.get_model("resnet18").state_dict())
     model, metadata = utils.load_model(path)
-    assert torch.equal(model(x), want)
+    assert same(model, authors_model)
     assert metadata["width"] == 0.125
 
 
@@ -214,11 +242,11 @@ def test_a_full_disk_is_bad_luck_not_a_traceback(victim_file, tmp_path):
     """A disk that takes 64 KiB of a file and no more: one line, status 2, and no half-written file."""
     code = f"""if True:
         import resource, signal
-        import cli, utils
+        import flags, utils
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         checkpoint = utils.load_checkpoint({str(victim_file)!r})
         resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, 2**16))
-        cli.run(lambda: utils.save_checkpoint(checkpoint, {str(tmp_path / "new" / "x.pt")!r}))
+        flags.run(lambda: utils.save_checkpoint(checkpoint, {str(tmp_path / "new" / "x.pt")!r}))
     """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 2
@@ -264,11 +292,23 @@ def test_a_network_out_of_bounds_is_refused_before_it_is_built(victim_file, chan
         utils.load_model(victim_file)
 
 
+def test_a_victims_own_trigger_goes_before_the_files(victim_file):
+    patch = torch.rand(3, 5, 5)
+    bent(victim_file, trigger={"patch": patch})
+    checkpoint, cpu = utils.load_checkpoint(victim_file), torch.device("cpu")
+    x = torch.rand(2, 3, 32, 32)
+    assert torch.equal(inputs.load_trigger("badnet", checkpoint, cpu)(x)[:, :, 1:6, 1:6], patch.expand(2, -1, -1, -1))
+    # measured with another attack, or from elsewhere, it is the files' trigger
+    for name, known in (("blended", checkpoint), ("badnet", {"trigger": None, "attack": None})):
+        assert torch.equal(inputs.load_trigger(name, known, cpu)(x), get_backdoor(name)(x))
+    assert inputs.load_trigger("none", checkpoint, cpu) is None
+
+
 @pytest.mark.parametrize("trigger", [[1], {"patch": "x"}, 7, {"patch": torch.zeros(1)}])
 def test_a_trigger_that_is_none_is_refused(victim_file, trigger):
     bent(victim_file, trigger=trigger, attack="badnet")
     with pytest.raises(InputError, match="no trigger for badnet") as caught:
-        victim_backdoor("badnet", utils.load_checkpoint(victim_file), torch.device("cpu"))
+        inputs.load_trigger("badnet", utils.load_checkpoint(victim_file), torch.device("cpu"))
     assert "\n" not in str(caught.value)
 
 
@@ -287,7 +327,7 @@ def test_odd_state_dicts_are_refused(tmp_path):
 def test_an_authors_object_that_contains_itself_is_refused(authors_model, tmp_path):
     authors_model._modules["layer1"]._modules["again"] = authors_model
     torch.save(authors_model, tmp_path / "x.pt")
-    with pytest.raises(InputError, match="RecursionError"):
+    with pytest.raises(InputError, match="is refused: .*(RecursionError|more than 10,000 modules)"):
         utils.load_checkpoint(tmp_path / "x.pt")
 
 
@@ -313,10 +353,10 @@ def test_a_foreign_file_is_one_line_on_standard_error(tmp_path):
     program = f"""if True:
         import sys
         sys.path.insert(0, {str(ROOT)!r})
-        import cli, evaluate
+        import flags, evaluate
         for path in sys.argv[1:]:
             try:
-                cli.run(lambda: evaluate.main(["--dataset", "cifar10_sample", "--ckpt", path]))
+                flags.run(lambda: evaluate.main(["--dataset", "cifar10_sample", "--ckpt", path]))
             except SystemExit as end:
                 print(end.code, flush=True)
     """

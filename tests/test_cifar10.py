@@ -1,4 +1,6 @@
-"""Tests of cifar10.py: offline; a tiny stand-in (2 images a batch) takes the place of the full set."""
+"""Tests of data/cifar10.py: offline; a tiny stand-in (2 images a batch) takes the place of the full set."""
+
+from flags import ROOT, InputError
 
 import errno
 import hashlib
@@ -17,8 +19,7 @@ import pytest
 import torch
 from PIL import Image
 
-import cifar10
-from cli import ROOT, InputError
+from data import cifar10
 
 PER_BATCH = 2
 

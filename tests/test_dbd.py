@@ -1,20 +1,23 @@
 """DBD: each part against its definition, and the three stages on small networks."""
 
+from flags import InputError
+
 import colorsys
 import copy
 import itertools
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-import dbd as command
+import data
+import defend
 import models
 import utils
-from backdoors import poison_training_set
-from cli import InputError
+from backdoors import get_backdoor, poison_training_set
 from defenses import dbd, mixmatch, simclr
 
 pytestmark = pytest.mark.usefixtures("few_test_images")
@@ -132,12 +135,12 @@ def test_jitter_does_what_it_says(images):
     torch.testing.assert_close(simclr.brightness(images, per_image(0.5)), images / 2)
     flat = simclr.contrast(images, per_image(0.0))
     assert flat.std((2, 3)).max() < 1e-6
-    torch.testing.assert_close(flat[:, 0, 0, 0], simclr.grey(images).mean((1, 2, 3)))
-    torch.testing.assert_close(simclr.saturation(images, per_image(0.0)), simclr.grey(images).expand_as(images))
+    torch.testing.assert_close(flat[:, 0, 0, 0], simclr.gray(images).mean((1, 2, 3)))
+    torch.testing.assert_close(simclr.saturation(images, per_image(0.0)), simclr.gray(images).expand_as(images))
 
 
 @pytest.mark.parametrize("turn", [-0.1, 0.07, 0.5])
-def test_hue_is_that_of_the_colour_wheel(images, turn):
+def test_hue_is_that_of_the_color_wheel(images, turn):
     turned = simclr.hue(images, per_image(turn))
     for i, row, column in itertools.product(range(2), (0, 7, 31), (0, 16)):
         h, s, v = colorsys.rgb_to_hsv(*images[i, :, row, column].tolist())
@@ -145,9 +148,9 @@ def test_hue_is_that_of_the_colour_wheel(images, turn):
         assert turned[i, :, row, column].tolist() == pytest.approx(want, abs=1e-5)
 
 
-def test_hue_leaves_grey_alone():
-    grey = torch.full((1, 3, 4, 4), 0.3)
-    torch.testing.assert_close(simclr.hue(grey, per_image(0.3, 1)), grey)
+def test_hue_leaves_gray_alone():
+    gray = torch.full((1, 3, 4, 4), 0.3)
+    torch.testing.assert_close(simclr.hue(gray, per_image(0.3, 1)), gray)
 
 
 def test_blur_keeps_the_mean_of_a_point_and_a_flat_image():
@@ -220,19 +223,19 @@ def test_mixing_weights_are_those_of_the_beta_distribution():
 def test_mixmatch_loss_by_hand():
     logits = torch.tensor([[0.8, 0.2], [0.6, 0.4]]).log()
     targets = torch.tensor([[0.5, 0.5], [1.0, 0.0]])
-    labelled = -0.5 * math.log(0.8) - 0.5 * math.log(0.2)
-    unlabelled = 0.4**2  # mean of (0.4)^2 twice
+    labeled = -0.5 * math.log(0.8) - 0.5 * math.log(0.2)
+    unlabeled = 0.4**2  # mean of (0.4)^2 twice
     loss = mixmatch.mixmatch_loss(logits, targets, 1, 3.0)
-    assert loss.item() == pytest.approx(labelled + 3 * unlabelled, rel=1e-5)
+    assert loss.item() == pytest.approx(labeled + 3 * unlabeled, rel=1e-5)
 
 
-def test_the_weight_of_the_unlabelled_loss_rises_from_the_start_of_stage_2():
+def test_the_weight_of_the_unlabeled_loss_rises_from_the_start_of_stage_2():
     config = dbd.Config()
-    assert dbd.unlabelled_weight(config, 0, 0) == pytest.approx(15 * 10 / 190)
-    assert dbd.unlabelled_weight(config, 85, 0) == pytest.approx(7.5)
-    assert dbd.unlabelled_weight(config, 0, 512) == pytest.approx(15 * 10.5 / 190)
-    assert dbd.unlabelled_weight(config, 179, 1023) < 15
-    assert dbd.unlabelled_weight(config, 180, 0) == dbd.unlabelled_weight(config, 189, 1023) == 15
+    assert dbd.unlabeled_weight(config, 0, 0) == pytest.approx(15 * 10 / 190)
+    assert dbd.unlabeled_weight(config, 85, 0) == pytest.approx(7.5)
+    assert dbd.unlabeled_weight(config, 0, 512) == pytest.approx(15 * 10.5 / 190)
+    assert dbd.unlabeled_weight(config, 179, 1023) < 15
+    assert dbd.unlabeled_weight(config, 180, 0) == dbd.unlabeled_weight(config, 189, 1023) == 15
 
 
 # --- the stages ------------------------------------------------------------------------------------------------------
@@ -240,11 +243,9 @@ def test_the_weight_of_the_unlabelled_loss_rises_from_the_start_of_stage_2():
 
 @pytest.fixture
 def poisoned():
-    images, labels = utils.load_dataset("cifar10_sample", None, train=True)
+    images, labels = data.load_dataset("cifar10_sample", None, train=True)
     poison = poison_training_set(labels, "badnet", 0, 0.1, seed=3)
-    from backdoors import get_backdoor
-
-    return *command.poisoned_set(images, labels, poison, get_backdoor("badnet")), poison, images, labels
+    return *defend.poisoned_set(images, labels, poison, get_backdoor("badnet")), poison, images, labels
 
 
 def test_the_poisoned_set_is_poisoned_where_it_says(poisoned):
@@ -255,6 +256,18 @@ def test_the_poisoned_set_is_poisoned_where_it_says(poisoned):
     rest = torch.ones(500, dtype=torch.bool)
     rest[poison.indices] = False
     assert torch.equal(labels[rest], true[rest])
+    # the trigger lies there, to half a step of a byte
+    triggered = get_backdoor("badnet")(data.to_float(before[poison.indices]))
+    assert (images[poison.indices] / 255 - triggered).abs().max() <= 0.5 / 255 + 1e-6
+
+
+def test_a_clean_label_attack_leaves_the_labels():
+    images, labels = data.load_dataset("cifar10_sample", None, train=True)
+    poison = poison_training_set(labels, "reflection", 0, 0.05, seed=3)
+    changed, same = defend.poisoned_set(images, labels, poison, get_backdoor("reflection"))
+    assert torch.equal(same, labels)
+    assert set((changed != images).flatten(1).any(1).nonzero()[:, 0].tolist()) == set(poison.indices.tolist())
+    assert (labels[poison.indices] == 0).all()
 
 
 def silent(_n):
@@ -280,7 +293,7 @@ def test_contrast_learns_to_find_the_twin_and_gives_the_linear_layer_back(poison
     network = models.get_model("resnet18", width=0.125)
     linear = network.linear
     stage = dbd.Contrast(network, dbd.Config(simclr_batch=50, simclr_lr=0.1), seed=0)
-    epochs = [stage.train_epoch(*poisoned[:2], e, torch.float32, silent) for e in range(4)]
+    epochs = [stage.train_epoch(poisoned[0][::2], poisoned[1][::2], e, torch.float32, silent) for e in range(4)]
     assert epochs[-1]["loss"] < epochs[0]["loss"] - 0.1
     assert epochs[-1]["found"] > 5 / 99  # by chance 1 in 99
     stage.finish()
@@ -310,7 +323,7 @@ def test_the_ranking_is_of_augmented_views_in_eval_mode(tiny, poisoned):
     assert (first != losses(2)).float().mean() > 0.9
     assert all(torch.equal(v, before[k]) for k, v in tiny.state_dict().items())  # running statistics too
     with torch.no_grad():
-        logits = tiny.eval()(utils.augment(images / 255, generator(1), mode="reflect"))
+        logits = tiny.eval()(data.augment(images / 255, generator(1), mode="reflect"))
     want = [dbd.symmetric_cross_entropy(logits[i : i + 1], labels[i : i + 1], dbd.Config()) for i in range(500)]
     torch.testing.assert_close(first, torch.stack(want), rtol=1e-4, atol=1e-4)
 
@@ -369,40 +382,40 @@ class Counting(torch.nn.Module):
 def test_what_computes_in_the_networks_place_gets_the_full_training_batches(tiny, poisoned):
     networks, losses, sizes = [tiny, copy.deepcopy(tiny)], [], []
     for network, fast in ((networks[0], None), (networks[1], Counting(networks[1]))):
-        config = dbd.Config(simclr_batch=150, mixmatch_steps=2, mixmatch_batch=8)
+        config = dbd.Config(simclr_batch=60, mixmatch_steps=2, mixmatch_batch=8)
         for stage_of in (dbd.Contrast, dbd.Semi):
             torch.manual_seed(0)
             stage = stage_of(network, config, 0, fast)
-            losses.append(stage.train_epoch(*poisoned[:2], 0, torch.float32, silent)["loss"])
+            losses.append(stage.train_epoch(poisoned[0][:200], poisoned[1][:200], 0, torch.float32, silent)["loss"])
             stage.finish()
             sizes += fast.sizes if fast else []
     assert losses[:2] == losses[2:]
-    assert sizes == [300, 300, 300] + [300, 300, 300, 24, 24]  # 3 x 150 of 500 images, twice; 3 x 8
+    assert sizes == [120, 120, 120] + [120, 120, 120, 24, 24]  # 3 x 60 of 200 images, twice; 3 x 8
 
 
 # --- the command -----------------------------------------------------------------------------------------------------
 
-RUN = ["--dataset", "cifar10_sample", "--device", "cpu", "--precision", "fp32", "--width", "0.0625"]
-RUN += ["--attack", "badnet", "--epochs", "2", "2", "2"]
+RUN = ["--defense", "dbd", "--dataset", "cifar10_sample", "--device", "cpu", "--precision", "fp32", "--width", "0.0625"]
+RUN += ["--attack", "badnet"]
+EPOCHS = ["--epochs", "2", "2", "2"]
+PLACE = "cifar10_sample_resnet18-w0.0625_badnet/dbd,dataset=cifar10_sample,epochs=2+2+2.json"
 
 
 @pytest.fixture(scope="module")
 def short():
-    """MixMatch epochs of three steps."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dbd.Config, "__init__", _with_three_steps(dbd.Config.__init__))
-        yield
+    """MixMatch epochs of three steps, in this module; a batch of SimCLR that the sample fills."""
+    init = dbd.Config.__init__
 
-
-def _with_three_steps(init):
     def short_init(self, **kwargs):
         init(self, **{"mixmatch_steps": 3, "simclr_batch": 100, **kwargs})
 
-    return short_init
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dbd.Config, "__init__", short_init)
+        yield
 
 
 def run(folder, *flags):
-    command.main([*RUN, "--out", str(folder / "d.pt"), "--results", str(folder / "results"), *flags])
+    defend.main([*RUN, "--out", str(folder / "d.pt"), "--results", str(folder / "results"), *EPOCHS, *flags])
 
 
 @pytest.fixture(scope="module")
@@ -414,7 +427,6 @@ def whole(short, few_test_images, tmp_path_factory):
 
 
 def test_a_run_that_was_cut_off_goes_on_with_the_same_bits(whole, tmp_path, monkeypatch, capsys):
-    cut = tmp_path
     save, saved = utils.save_checkpoint, []
 
     def save_and_stop(checkpoint, path):
@@ -426,19 +438,21 @@ def test_a_run_that_was_cut_off_goes_on_with_the_same_bits(whole, tmp_path, monk
     monkeypatch.setattr(utils, "save_checkpoint", save_and_stop)
     for _ in range(6):
         try:
-            run(cut, "--overwrite")
+            run(tmp_path, "--overwrite")
         except KeyboardInterrupt:
             continue
         break
     out = capsys.readouterr().out
-    assert out.count("going on after epoch") == 5
-    a, b = (utils.load_checkpoint(p / "d.pt") for p in (whole, cut))
+    assert [int(line.split()[3]) for line in out.splitlines() if line.startswith("going on after")] == [1, 2, 4, 5, 6]
+    a, b = (utils.load_checkpoint(p / "d.pt") for p in (whole, tmp_path))
     assert all(torch.equal(a["state_dict"][k], b["state_dict"][k]) for k in a["state_dict"])
-    assert (a["BA"], a["ASR"]) == (b["BA"], b["ASR"])
-    assert not (cut / "d.partial.pt").exists()
+    assert [a[k] for k in ("BA", "ASR", "RA")] == [b[k] for k in ("BA", "ASR", "RA")]
+    assert not (tmp_path / "d.partial.pt").exists()
+    records = [json.loads((p / "results" / PLACE).read_text()) for p in (whole, tmp_path)]
+    assert records[0]["last"] == records[1]["last"]
 
 
-def test_the_network_starts_from_the_initialisation_of_dbd(monkeypatch, tmp_path):
+def test_the_network_starts_from_the_initialization_of_dbd(monkeypatch, tmp_path):
     class Reached(Exception):  # noqa: N818
         pass
 
@@ -452,24 +466,35 @@ def test_the_network_starts_from_the_initialisation_of_dbd(monkeypatch, tmp_path
     assert weight.std().item() == pytest.approx(math.sqrt(2 / (32 * 9)), rel=0.03)
 
 
-def test_the_trusted_share_of_the_poison_is_told():
-    class poison:  # noqa: N801 (stands for one)
-        indices = torch.tensor([1, 3, 5, 7])
+def test_it_is_given_the_poisoned_set_and_tells_what_share_of_the_poison_is_trusted(monkeypatch, tmp_path, capsys):
+    images, labels = data.load_dataset("cifar10_sample", None, train=True)
+    poison = poison_training_set(labels, "badnet", 0, None, 1024)
+    given = []
 
-    now = command.describe({"loss": 1.0, "trusted": torch.tensor([0, 2, 3, 4])}, poison)
-    assert now == {"loss": 1.0, "poisoned_trusted": 0.25}
+    def train(network, images, labels, config, seed, dtype, fast, callback, state):
+        given.extend((images, labels))
+        trusted = torch.cat((poison.indices[:20], (labels != 0).nonzero()[:100, 0]))
+        callback(SimpleNamespace(number=3, epochs=9), 0, {"loss": 1.0, "trusted": trusted}, dict)
+
+    monkeypatch.setattr(dbd, "train", train)
+    run(tmp_path)
+    assert torch.equal((given[0] != images).flatten(1).any(1).nonzero()[:, 0], poison.indices)
+    assert (given[1][poison.indices] == 0).all()
+    assert "stage 3 epoch   1  loss 1.0000  poisoned_trusted 0.4000" in capsys.readouterr().out  # 20 of 50
+    record = json.loads((tmp_path / "results" / PLACE).read_text())
+    assert record["last"] == {"stage_3": {"loss": 1.0, "poisoned_trusted": pytest.approx(0.4)}}
 
 
 def test_what_it_saves_is_measured_and_recorded(whole):
-    (path,) = (whole / "results").iterdir()
-    record = json.loads(path.read_text())
-    saved = utils.load_checkpoint(whole / "d.pt")
-    assert record["after"]["BA"] == saved["BA"]
-    assert record["defense"] == "dbd"
-    assert [len(record["history"][f"stage_{i}"]) for i in (1, 2, 3)] == [2, 2, 2]
-    assert 0 <= record["history"]["stage_3"][-1]["poisoned_trusted"] <= 1
-    assert (record["poisoned"], record["training_images"], record["settings"]["poison_rate"]) == (50, 500, 0.1)
-    assert len(saved["poison_indices"]) == 50
+    (path,) = (whole / "results").rglob("*.json")
+    assert path == whole / "results" / PLACE
+    record, saved = json.loads(path.read_text()), utils.load_checkpoint(whole / "d.pt")
+    assert {k: saved[k] for k in record["after"]} == record["after"]
+    assert (record["defense"], saved["defense"]["name"]) == ("dbd", "dbd")
+    assert set(record["last"]) == {"stage_1", "stage_2", "stage_3"}
+    assert 0 <= record["last"]["stage_3"]["poisoned_trusted"] <= 1
+    assert (record["data"], record["poisoned"], record["settings"]["mixmatch_epochs"]) == (500, 50, 2)
+    assert (saved["poison_rate"], len(saved["poison_indices"])) == (0.1, 50)
     model, _ = utils.load_model(whole / "d.pt")
     assert model(torch.rand(2, 3, 32, 32)).shape == (2, 10)
 
@@ -482,13 +507,34 @@ def test_a_finished_run_is_not_overwritten(tmp_path):
 
 
 def test_without_an_attack_nothing_is_poisoned(short, tmp_path):
-    run(tmp_path, "--attack", "none")
+    run(tmp_path, "--attack", "none", "--epochs", "1", "1", "1")
     saved = utils.load_checkpoint(tmp_path / "d.pt")
     assert saved["ASR"] is None
     assert saved["poison_rate"] == 0
 
 
-def test_a_cut_off_run_with_other_settings_is_not_taken(short, tmp_path):
-    utils.save_checkpoint({"config": {"attack": "reflection"}}, tmp_path / "d.partial.pt")
-    with pytest.raises(InputError, match="--no-resume"):
-        run(tmp_path)
+def test_a_cut_off_run_with_other_settings_is_not_taken(short, tmp_path, monkeypatch):
+    monkeypatch.setattr(dbd.Contrast, "finish", lambda _self: pytest.fail("stage 1 is over"))
+    with pytest.raises(pytest.fail.Exception):
+        run(tmp_path, "--epochs", "1", "1", "1")
+    before = (tmp_path / "d.partial.pt").read_bytes()
+    for other, named in ((["--seed", "7"], "seed"), (["--epochs", "1", "1", "2"], "mixmatch_epochs")):
+        with pytest.raises(InputError, match=f"another {named}.*--no-resume"):
+            run(tmp_path, "--epochs", "1", "1", "1", *other)
+    assert (tmp_path / "d.partial.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["--attack", "wanet"], "no poisoned set"),
+        (["--data_rate", "0.5"], "--data_rate"),
+        (["--epochs", "3"], "three numbers"),
+        (["--poison_rate", "0.95"], "lower it"),
+        (["--attack", "none", "--poison_rate", "0.1"], "without an attack"),
+    ],
+)
+def test_what_it_cannot_be_given_is_refused(tmp_path, given, said):
+    with pytest.raises(InputError, match=said):
+        run(tmp_path, *given)
+    assert not [p for p in tmp_path.rglob("*") if p.is_file()]

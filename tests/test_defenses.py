@@ -1,8 +1,10 @@
-"""The defences that UNIT is compared with: each against its definition, on a small real BadNets victim."""
+"""The defenses that UNIT is compared with: each against its definition, on a small real BadNets victim."""
+
+import flags
+from flags import InputError
 
 import copy
 import dataclasses
-import gzip
 import io
 import json
 import math
@@ -12,19 +14,20 @@ import pytest
 import torch
 from torch import nn
 
-import cli
+import data
 import utils
-from cli import InputError
 from defenses import DEFENSES, bcu, finetune, ulrl
 from defenses.common import train_epoch
-from defenses.foreign import load_images
+from evaluate import main as evaluate_main
 from tests.running import SMALL, run_defend
+
+pytestmark = pytest.mark.usefixtures("few_test_images")
 
 
 @pytest.fixture(scope="session")
 def clean():
     """The embedded clean images: uint8 (500, 3, 32, 32), labels."""
-    return utils.load_dataset("cifar10_sample", None, train=True)
+    return data.load_dataset("cifar10_sample", None, train=True)
 
 
 def short(name, epochs=2):
@@ -33,8 +36,8 @@ def short(name, epochs=2):
     return dataclasses.replace(config, **{k: epochs for k in vars(config) if k.endswith("epochs")})
 
 
-def test_every_defence_is_known_to_the_commands():
-    assert tuple(DEFENSES) == cli.DEFENSES
+def test_every_defense_is_known_to_the_commands():
+    assert tuple(DEFENSES) == flags.DEFENSES
     for module in DEFENSES.values():
         config = module.Config()
         assert isinstance(config.uses_labels, bool)
@@ -45,7 +48,7 @@ def test_every_defence_is_known_to_the_commands():
 @pytest.mark.parametrize("name", DEFENSES)
 def test_same_seed_same_bits_and_the_victim_is_left_alone(name, tiny, clean):
     before = {k: v.clone() for k, v in tiny.state_dict().items()}
-    few = clean[0][::3], clean[1][::3]
+    few = clean[0][::5], clean[1][::5]
     a, b, c = (DEFENSES[name].repair(tiny, *few, short(name), seed=s) for s in (1, 1, 2))
     state_a, state_b, state_c = (r.model.state_dict() for r in (a, b, c))
     assert all(torch.equal(state_a[k], state_b[k]) for k in state_a)
@@ -58,32 +61,48 @@ def test_same_seed_same_bits_and_the_victim_is_left_alone(name, tiny, clean):
 
 @pytest.mark.parametrize("name", DEFENSES)
 def test_a_repair_goes_on_to_the_same_bits_from_each_epoch(name, tiny, clean):
-    few = clean[0][::5], clean[1][::5]
-    states, told, few_epochs = [], [], short(name, 3)  # with two, no rate would be left to restore
-    repair = DEFENSES[name].repair
+    few = clean[0][::8], clean[1][::8]
+    config, repair = short(name, 3), DEFENSES[name].repair  # with two, no rate would be left to restore
+    files, figures = [], []
 
-    def count(*_now):
-        told[-1] += 1
+    def callback(now, state_of):
+        figures.append(now)
+        files.append(io.BytesIO())
+        torch.save(state_of(), files[-1])
 
-    told.append(0)
-    whole = repair(tiny, *few, few_epochs, 1, count, keep=lambda state: states.append(state()))
-    assert len(states) == told.pop() >= 3
-    for state in states:
-        file = io.BytesIO()
-        torch.save(state, file)
+    whole = repair(tiny, *few, config, 1, callback=callback)
+    states, told = list(files), list(figures)
+    assert len(states) >= 3
+    # what the callback was told is the history, epoch by epoch
+    for key, values in whole.history.items():
+        assert [now[key] for now in told if key in now] == values
+    for done, file in enumerate(states, 1):
         file.seek(0)
-        told.append(0)
         state = torch.load(file, weights_only=True)  # plain values and tensors alone
-        part = repair(tiny, *few, few_epochs, 1, count, state=state)
+        figures.clear()
+        part = repair(tiny, *few, config, 1, callback=callback, state=state)
+        assert figures == told[done:]  # no epoch is done twice
         assert part.history == whole.history
         assert part.findings == whole.findings
         end = part.model.state_dict()
         assert all(torch.equal(v, end[k]) for k, v in whole.model.state_dict().items())
-    assert told == list(reversed(range(len(states))))  # no epoch is done twice
+
+
+@pytest.mark.parametrize("name", DEFENSES)
+def test_a_state_is_not_moved_by_the_epochs_after_it(name, tiny, clean):
+    """What a callback is given may be written later, and a state gone on from twice."""
+    few, states = (clean[0][::10], clean[1][::10]), []
+    DEFENSES[name].repair(tiny, *few, short(name), 1, callback=lambda _now, state_of: states.append(state_of()))
+    kept = copy.deepcopy(states[0])
+    ends = [DEFENSES[name].repair(tiny, *few, short(name), 1, state=s).model.state_dict() for s in (kept, states[0])]
+    assert all(torch.equal(v, ends[1][k]) for k, v in ends[0].items())
+    ends.append(DEFENSES[name].repair(tiny, *few, short(name), 1, state=kept).model.state_dict())
+    assert all(torch.equal(v, ends[2][k]) for k, v in ends[0].items())
 
 
 def test_fine_tuning_fits_the_clean_images(tiny, clean):
-    history = finetune.repair(tiny, *clean, finetune.Config(epochs=5)).history
+    few = clean[0][::3], clean[1][::3]
+    history = finetune.repair(tiny, *few, finetune.Config(epochs=4)).history
     assert history["loss"][-1] < history["loss"][0]
 
 
@@ -117,7 +136,7 @@ def test_all_or_nothing_can_be_drawn_anew(tiny):
         assert torch.equal(same.get_parameter(f"{name}.weight"), tiny.get_parameter(f"{name}.weight"))
         assert not (fresh.get_parameter(f"{name}.weight") == tiny.get_parameter(f"{name}.weight")).any()
     assert not (fresh.linear.bias == tiny.linear.bias).any()
-    limit = 1 / math.sqrt(tiny.linear.in_features)  # of torch's own initialisation
+    limit = 1 / math.sqrt(tiny.linear.in_features)  # of torch's own initialization
     assert 0.8 * limit < fresh.linear.weight.abs().max() <= limit
     assert 0.5 * limit < fresh.linear.bias.abs().max() <= limit
 
@@ -168,10 +187,10 @@ def test_distillation_loss_is_kl_of_teacher_and_student():
 
 def test_distillation_brings_the_student_to_the_teacher(tiny, clean):
     """KL at temperature 1 on images that it learned from, before and after, both in eval mode."""
-    x = utils.to_float(clean[0])
-    config = bcu.Config(epochs=8)
+    few = clean[0][::2]
+    x, config = data.to_float(few), bcu.Config(epochs=4, batch_size=64)
     start = bcu.partly_fresh(tiny, config.p, seed=0).eval()
-    end = bcu.repair(tiny, clean[0], None, config, seed=0).model
+    end = bcu.repair(tiny, few, None, config, seed=0).model
     with torch.no_grad():
         before, after = (bcu.distillation_loss(net(x), tiny(x), 1.0).item() for net in (start, end))
     assert after < 0.5 * before
@@ -266,7 +285,7 @@ def test_unlearning_stops_at_its_accuracy_and_drops_its_rate(tiny, clean, monkey
 
 
 def test_weights_that_are_no_numbers_are_said():
-    with pytest.raises(ValueError, match="no numbers"):
+    with pytest.raises(ValueError, match="NaN or infinite"):
         ulrl.suspicious_rows(torch.tensor([1.0, float("nan"), 1.0]))
 
 
@@ -310,18 +329,20 @@ def test_rows_are_drawn_in_their_range(tiny):
 
 
 def test_the_cosine_term_drives_the_row_away_from_where_it_was(tiny, clean):
-    likeness = []
+    likeness, few = [], (clean[0][::4], clean[1][::4])
     for weight in (0.0, 5.0):
-        config = ulrl.Config(relearn_epochs=4, dissimilarity=weight)
-        net, _ = ulrl.relearn(tiny, [0], *clean, config, torch.Generator().manual_seed(0))
+        config = ulrl.Config(relearn_epochs=4, dissimilarity=weight, batch_size=32)
+        net, _ = ulrl.relearn(tiny, [0], *few, config, torch.Generator().manual_seed(0))
         likeness.append(torch.cosine_similarity(net.linear.weight[0], tiny.linear.weight[0], dim=0).item())
     assert likeness[1] < likeness[0] - 0.2
 
 
 def test_relearning_without_a_suspicious_row_is_fine_tuning(tiny, clean):
+    few = clean[0][::3], clean[1][::3]
+
     def relearned(weight):
         config = ulrl.Config(relearn_epochs=1, dissimilarity=weight)
-        return ulrl.relearn(tiny, [], *clean, config, torch.Generator().manual_seed(0))[0].state_dict()
+        return ulrl.relearn(tiny, [], *few, config, torch.Generator().manual_seed(0))[0].state_dict()
 
     a, b = relearned(0.0), relearned(5.0)
     assert all(torch.equal(a[k], b[k]) for k in a)
@@ -332,73 +353,74 @@ def test_relearning_without_a_suspicious_row_is_fine_tuning(tiny, clean):
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "flags"), [("ft", ["--epochs", "1"]), ("bcu", []), ("ulrl", [])])
-def test_the_command_saves_what_it_measured(victim_file, tmp_path, capsys, name, flags, monkeypatch):
+def the_record(tmp_path):
+    """The only record under the folder, and its place there."""
+    (path,) = (tmp_path / "results").rglob("*.json")
+    return json.loads(path.read_text()), path.relative_to(tmp_path / "results").as_posix()
+
+
+@pytest.mark.parametrize(("name", "given"), [("ft", ["--epochs", "1"]), ("bcu", []), ("ulrl", [])])
+def test_the_command_saves_what_it_measured(victim_file, tmp_path, capsys, name, given, monkeypatch):
     few = short(name)
     monkeypatch.setattr(DEFENSES[name], "Config", lambda: few)
-    run_defend(victim_file, tmp_path, "--defense", name, *flags)
-    (path,) = (tmp_path / "results").iterdir()
-    record = json.loads(path.read_text())
+    run_defend(victim_file, tmp_path, "--defense", name, "--data_rate", "0.2", *given)
+    record, place = the_record(tmp_path)
+    assert place == f"victim/{name},data_rate=0.2,dataset=cifar10_sample{',epochs=1' if given else ''}.json"
     assert record["defense"] == name
-    assert (record["data"], record["labels"]) == (500, name != "bcu")
-    assert record["before"]["n_triggered"] == 1800
+    assert (record["data"], record["labels"]) == (100, name != "bcu")
+    n_target = (data.load_dataset("cifar10_sample", None, train=False)[1] == 0).sum()
+    assert [record["before"][n] for n in ("n_clean", "n_triggered", "n_target")] == [500, 500 - n_target, n_target]
+    assert record["victim"] == {"file": "victim.pt", "sha256": utils.sha256(victim_file), "attack": "badnet"}
     out = capsys.readouterr().out
-    assert f"after   BA {100 * record['after']['BA']:.2f} %  ASR" in out
-    from evaluate import main as evaluate_main
-
+    assert f"after   BA {100 * record['after']['BA']:.2f} %  ASR {100 * record['after']['ASR']:.2f} %  RA" in out
     evaluate_main([*SMALL, "--ckpt", str(tmp_path / "d.pt"), "--outdir", str(tmp_path)])
     after = out[out.index("after ") :].splitlines()[0].removeprefix("after   ")
-    assert after in capsys.readouterr().out
+    assert after in capsys.readouterr().out  # the saved model gives the same figures again
+    saved = utils.load_checkpoint(tmp_path / "d.pt")
+    assert saved["defense"]["name"] == name
+    assert {k: saved[k] for k in record["after"]} == record["after"]
+    assert not (tmp_path / "d.partial.pt").exists()
     with pytest.raises(InputError, match="defended model"):
         run_defend(tmp_path / "d.pt", tmp_path, "--defense", "ft")
 
 
-def test_no_defence_measures_alone(victim_file, tmp_path):
+def test_no_defense_measures_alone(victim_file, tmp_path):
     run_defend(victim_file, tmp_path, "--defense", "none")
-    (path,) = (tmp_path / "results").iterdir()
-    record = json.loads(path.read_text())
+    record, place = the_record(tmp_path)
+    assert place == "victim/none,dataset=cifar10_sample.json"
     assert record["before"] == record["after"]
     assert record["data"] == 0
     assert not (tmp_path / "d.pt").exists()
 
 
-def test_flags_of_no_use_are_refused(victim_file, tmp_path):
-    with pytest.raises(InputError, match="no --epochs"):
-        run_defend(victim_file, tmp_path, "--defense", "ulrl", "--epochs", "3")
-    with pytest.raises(InputError, match="needs labels"):
-        run_defend(victim_file, tmp_path, "--defense", "ft", "--ood", "x.npy")
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["ulrl", "--epochs", "3"], "no number for --epochs"),
+        (["ft", "--epochs", "3", "4"], "one number for --epochs"),
+        (["none", "--epochs", "3"], "--epochs"),
+        (["none", "--data_rate", "0.5"], "--data_rate"),
+        (["ft", "--width", "0.5"], "dbd's"),
+        (["bcu", "--poison_rate", "0.5"], "dbd's"),
+        (["ulrl", "--overwrite"], "dbd's"),
+    ],
+)
+def test_flags_of_no_use_are_refused(victim_file, tmp_path, given, said):
+    with pytest.raises(InputError, match=said):
+        run_defend(victim_file, tmp_path, "--defense", *given)
+    assert [p.name for p in tmp_path.iterdir()] == ["victim.pt"]
 
 
-def test_bcu_takes_images_of_another_set(victim_file, tmp_path, capsys):
-    grey = np.random.default_rng(0).integers(0, 256, (600, 28, 28), dtype=np.uint8)
-    path = tmp_path / "train-images-idx3-ubyte.gz"
-    path.write_bytes(gzip.compress(b"\0\0\x08\x03" + np.array(grey.shape, ">i4").tobytes() + grey.tobytes()))
-    run_defend(victim_file, tmp_path, "--defense", "bcu", "--epochs", "1", "--ood", str(path))
-    assert "500 clean images of train-images-idx3-ubyte.gz" in capsys.readouterr().out
+def test_the_victim_is_not_written_over(victim_file, tmp_path):
+    before = victim_file.read_bytes()
+    with pytest.raises(InputError, match="the victim"):
+        run_defend(victim_file, tmp_path, "--defense", "ft", "--out", str(victim_file))
+    assert victim_file.read_bytes() == before
 
 
-def test_foreign_images_are_drawn_and_scaled(tmp_path):
-    colour = np.random.default_rng(0).integers(0, 256, (9, 32, 32, 3), dtype=np.uint8)
-    np.save(tmp_path / "a.npy", colour)
-    images = load_images(tmp_path / "a.npy", 9)
-    as_set = {bytes(i.permute(1, 2, 0).numpy().tobytes()) for i in images}
-    assert as_set == {i.tobytes() for i in colour}
-    flat = np.full((3, 28, 28), 77, np.uint8)
-    np.save(tmp_path / "b.npy", flat)
-    images = load_images(tmp_path / "b.npy", 2)
-    assert images.shape == (2, 3, 32, 32)
-    assert (images == 77).all()
-
-
-@pytest.mark.parametrize("content", [b"", b"\0\0\x08\x03\0\0", b"no images at all"])
-def test_foreign_files_that_hold_no_images(tmp_path, content):
-    for name in ("x.idx", "x.npy", "x.gz"):
-        (tmp_path / name).write_bytes(content)
-        with pytest.raises(InputError, match="give a .npy"):
-            load_images(tmp_path / name, 1)
-    np.save(tmp_path / "f.npy", np.zeros((5, 28, 28), np.float32))
-    with pytest.raises(InputError, match="float32"):
-        load_images(tmp_path / "f.npy", 1)
-    np.save(tmp_path / "few.npy", np.zeros((5, 28, 28), np.uint8))
-    with pytest.raises(InputError, match="--data_rate"):
-        load_images(tmp_path / "few.npy", 6)
+def test_a_place_that_cannot_be_written_is_said_before_the_repair(victim_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(finetune, "repair", lambda *_args: pytest.fail("the repair began"))
+    (tmp_path / "file").write_text("")
+    for flag, bad in (("--out", tmp_path), ("--results", tmp_path / "file")):
+        with pytest.raises(InputError, match="cannot write"):
+            run_defend(victim_file, tmp_path, "--defense", "ft", flag, str(bad))

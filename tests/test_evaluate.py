@@ -1,14 +1,13 @@
-"""The evaluator: what BA and ASR are, on models whose figures are known."""
+"""The evaluator: what BA, ASR and RA are, on models whose figures are known; and what the trigger does inside."""
 
 import pytest
 import torch
 from torch import nn
 
+import data
 import models
-import utils
-from activations import trigger_effect, uniform_bounds
-from evaluate import evaluate, main
-from tests.test_models import random_bounds
+from evaluate import Measured, evaluate, main
+from support.activations import N_SIGMA, effect_table, tightness_table, trigger_effect, uniform_bounds
 
 TARGET = 3
 
@@ -25,19 +24,30 @@ class Constant(nn.Module):
 
 
 class ReadsFirstPixel(nn.Module):
-    """Says the class that the first pixel's red tells, in steps of 20."""
+    """Says the class that the first pixel's red tells, in steps of 20; but 4 where that is `never`."""
+
+    def __init__(self, never=None):
+        super().__init__()
+        self.never = never
 
     def forward(self, x):
-        return nn.functional.one_hot((x[:, 0, 0, 0] * 255 / 20).round().long(), 10).float()
+        said = (x[:, 0, 0, 0] * 255 / 20).round().long()
+        if self.never is not None:
+            said = torch.where(said == self.never, 4, said)
+        return nn.functional.one_hot(said, 10).float()
+
+
+def coded_images(labels):
+    """Images whose first pixel tells the class."""
+    images = torch.zeros(len(labels), 3, 32, 32, dtype=torch.uint8)
+    images[:, 0, 0, 0] = (labels * 20).to(torch.uint8)
+    return images, labels
 
 
 @pytest.fixture
 def coded():
     """1,000 images, 100 of each class, whose first pixel tells the class."""
-    labels = torch.arange(10).repeat(100)
-    images = torch.zeros(1000, 3, 32, 32, dtype=torch.uint8)
-    images[:, 0, 0, 0] = (labels * 20).to(torch.uint8)
-    return images, labels
+    return coded_images(torch.arange(10).repeat(100))
 
 
 class Paint(nn.Module):
@@ -62,41 +72,83 @@ class Brighten(nn.Module):
         return x
 
 
-def test_a_constant_classifier(coded):
-    r = evaluate(Constant(TARGET), *coded, Paint(), TARGET, 128)
-    assert (r.BA, r.ASR, r.n_clean, r.n_triggered) == (0.1, 1.0, 1000, 900)
+@pytest.fixture
+def seen(defense):
+    """100 real images as bytes."""
+    return (defense[2] * 255).round().to(torch.uint8)
+
+
+@pytest.fixture
+def bounds(tiny):
+    """Bounds for the small victim, uniform in [0, 1)."""
+    g = torch.Generator().manual_seed(0)
+    return {name: torch.rand(shape, generator=g) for name, shape in models.site_shapes(tiny).items()}
+
+
+# --- the figures ------------------------------------------------------------------------------------------------------
+
+
+def test_a_classifier_that_always_says_the_target():
+    labels = torch.tensor([3, 0, 1, 3, 2, 9, 5, 5])  # two of eight are of the target class
+    r = evaluate(Constant(TARGET), *coded_images(labels), Paint(), TARGET, 3)
+    assert r == Measured(BA=0.25, ASR=1.0, RA=0.0, target_accuracy=1.0, n_clean=8, n_triggered=6, n_target=2)
+
+
+def test_a_classifier_that_always_says_another_class(coded):
     r = evaluate(Constant(TARGET + 1), *coded, Paint(), TARGET, 128)
-    assert (r.BA, r.ASR) == (0.1, 0.0)
+    # a ninth of the triggered images is of the class that it says
+    assert r == Measured(
+        BA=0.1, ASR=0.0, RA=100 / 900, target_accuracy=0.0, n_clean=1000, n_triggered=900, n_target=100
+    )
 
 
-def test_a_constant_classifier_on_real_test_images():
-    images, labels = utils.load_dataset("cifar10_sample", None, train=False)
-    r = evaluate(Constant(0), images, labels, nn.Identity(), 0, 300)
-    assert (r.BA, r.ASR, r.n_clean, r.n_triggered) == (0.1, 1.0, 2000, 1800)
+def test_a_classifier_that_never_says_the_target():
+    labels = torch.tensor([3, 0, 4, 4, 3, 7, 1, 0, 3, 9])
+    #          the others:    0  4  4     7  1  0     9   of which the trigger lies on the first, third, fifth, seventh
+    # triggered these come out as: 4  4  4  7  4  0  4:  right are both fours, the seven and the last zero
+    r = evaluate(ReadsFirstPixel(never=TARGET), *coded_images(labels), Paint(every=2), TARGET, 100)
+    assert r == Measured(BA=0.7, ASR=0.0, RA=4 / 7, target_accuracy=0.0, n_clean=10, n_triggered=7, n_target=3)
 
 
-def test_a_perfect_classifier_with_and_without_a_trigger(coded):
+def test_a_classifier_that_is_always_right(coded):
     r = evaluate(ReadsFirstPixel(), *coded, Paint(), TARGET, 64)
-    assert (r.BA, r.ASR) == (1.0, 1.0)
+    assert (r.BA, r.ASR, r.RA, r.target_accuracy) == (1.0, 1.0, 0.0, 1.0)
     # a trigger that does nothing succeeds never: images of the target class do not count
     r = evaluate(ReadsFirstPixel(), *coded, nn.Identity(), TARGET, 64)
-    assert (r.BA, r.ASR, r.n_triggered) == (1.0, 0.0, 900)
+    assert (r.BA, r.ASR, r.RA, r.n_triggered) == (1.0, 0.0, 1.0, 900)
 
 
 def test_half_a_trigger_gives_half_the_rate(coded):
-    assert evaluate(ReadsFirstPixel(), *coded, Paint(every=2), TARGET, 100).ASR == 0.5
+    r = evaluate(ReadsFirstPixel(), *coded, Paint(every=2), TARGET, 100)
+    assert (r.ASR, r.RA) == (0.5, 0.5)
 
 
-def test_the_size_of_a_batch_changes_nothing(tiny, defence):
-    images, labels = (defence[2] * 255).round().to(torch.uint8), defence[3]
-    rows = [evaluate(tiny, images, labels, Paint(), 0, size) for size in (1, 33, 100)]
+@pytest.mark.parametrize("target", range(10))
+def test_asr_and_ra_share_the_triggered_images_with_third_classes(tiny, defense, seen, target):
+    labels, others = defense[3], defense[3] != target
+    r = evaluate(tiny, seen, labels, Brighten(), target, 100)
+    with torch.no_grad():
+        said = tiny(Brighten()(data.to_float(seen[others]))).argmax(1)
+    third = ((said != target) & (said != labels[others])).double().mean().item()
+    assert r.ASR + r.RA <= 1
+    assert r.ASR + r.RA + third == pytest.approx(1, abs=1e-12)
+
+
+def test_the_size_of_a_batch_changes_nothing(tiny, defense, seen):
+    rows = [evaluate(tiny, seen, defense[3], Paint(), 0, size) for size in (1, 33, 100)]
     assert rows[0] == rows[1] == rows[2]
 
 
-def test_without_a_backdoor_there_is_no_asr(coded):
+def test_without_a_backdoor_there_is_neither_asr_nor_ra(coded):
     r = evaluate(ReadsFirstPixel(), *coded, None, TARGET)
-    assert r.ASR is None
-    assert "ASR: not measured" in str(r)
+    assert r == Measured(BA=1.0, ASR=None, RA=None, target_accuracy=1.0, n_clean=1000, n_triggered=0, n_target=100)
+
+
+def test_without_an_image_of_the_target_class_its_accuracy_is_unknown(coded):
+    images, labels = coded
+    others = labels != TARGET
+    r = evaluate(ReadsFirstPixel(), images[others], labels[others], Paint(), TARGET)
+    assert (r.target_accuracy, r.n_target, r.ASR) == (None, 0, 1.0)
 
 
 def test_only_target_images_is_an_error(coded):
@@ -105,33 +157,62 @@ def test_only_target_images_is_an_error(coded):
         evaluate(ReadsFirstPixel(), images[labels == TARGET], labels[labels == TARGET], Paint(), TARGET)
 
 
+def test_no_images_are_bad_input():
+    with pytest.raises(ValueError, match="no images"):
+        evaluate(Constant(0), torch.zeros(0, 3, 32, 32), torch.zeros(0, dtype=torch.int64), None, 0)
+
+
 def test_how_it_reads(coded):
-    assert (
-        str(evaluate(Constant(0), *coded, Paint(), 0)) == "Benign accuracy: 10.00%, ASR: 100.00% (1,000 / 900 images)"
-    )
+    n = "(1,000 clean, 900 triggered, 100 of the target class)"
+    both = evaluate(Constant(0), *coded, Paint(), 0)
+    assert str(both) == f"BA 10.00 %  ASR 100.00 %  RA 0.00 %  target class 100.00 %  {n}"
+    clean = evaluate(Constant(0), *coded, None, 0)
+    assert str(clean) == "BA 10.00 %  target class 100.00 %  (1,000 clean, 0 triggered, 100 of the target class)"
 
 
-@pytest.mark.parametrize("attack", ["none", "badnet", "wanet", "reflection"])
+def test_float_images_in_0_1_measure_as_their_bytes_do(coded):
+    images, labels = coded
+    as_bytes, as_floats = (evaluate(ReadsFirstPixel(), x, labels, Paint(), TARGET) for x in (images, images / 255))
+    assert as_bytes == as_floats
+    assert as_floats.BA == 1
+
+
+def test_a_network_in_training_mode_is_measured_in_eval_mode(tiny, defense, seen):
+    """And its running statistics stay."""
+    before = {k: v.clone() for k, v in tiny.state_dict().items()}
+    r = evaluate(tiny.train(), seen, defense[3], Paint(), 0)
+    assert all(torch.equal(v, before[k]) for k, v in tiny.state_dict().items())
+    assert r == evaluate(tiny.eval(), seen, defense[3], Paint(), 0)
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("few_test_images")
+@pytest.mark.parametrize("attack", ["none", "badnet", "wanet", "reflection", "blended"])
 def test_the_command(victim_file, tmp_path, capsys, monkeypatch, attack):
-    monkeypatch.setattr("evaluate.SEEN", 200)
+    monkeypatch.setattr("support.activations.SEEN", 50)
     flags = ["--dataset", "cifar10_sample", "--attack", attack, "--ckpt", str(victim_file), "--outdir", str(tmp_path)]
-    main([*flags, "--activations"])
+    main([*flags, "--device", "cpu", "--activations"])
     out = capsys.readouterr().out
-    assert "a part of CIFAR-10's 10,000" in out
-    assert "Benign accuracy: 6" in out or "Benign accuracy: 7" in out
+    assert "500 test images of cifar10_sample" in out
+    line = next(line for line in out.splitlines() if line.startswith("BA "))
+    assert 60 < float(line.split()[1]) < 80  # of the recorded small victim
+    assert ("ASR" in line, "RA" in line) == (attack != "none", attack != "none")
     assert (attack not in ("badnet", "none")) == ("trained with attack badnet" in out)
-    picture = tmp_path / f"demo_{attack}.png"
-    assert picture.exists() == (attack != "none")
-    assert (tmp_path / f"activations_{attack}.png").exists() == (attack != "none")
+    for picture in (f"demo_{attack}.png", f"activations_{attack}.png"):
+        assert (tmp_path / picture).exists() == (attack != "none")
     assert out.count("layer4") == (0 if attack == "none" else 4)  # the table of sites
-    assert out.count("clean mean + ") == (0 if attack == "none" else 6)
+    assert out.count("mean + 2.5 std") == (0 if attack == "none" else 1)  # bounds alike for all neurons
 
 
-def test_the_neurons_that_a_trigger_moves_most(tiny, defence):
-    images = (defence[2] * 255).round().to(torch.uint8)
-    bounds = {k: torch.full_like(v, 0.25) for k, v in random_bounds(tiny, 1).items()}
-    plain, _ = trigger_effect(tiny, images, Brighten(), 4, batch_size=30)
-    clipped, _ = trigger_effect(models.set_bounds(tiny, bounds), images, Brighten(), 4, batch_size=100)
+# --- what the trigger does inside -------------------------------------------------------------------------------------
+
+
+def test_the_neurons_that_a_trigger_moves_most(tiny, seen, bounds):
+    level = {k: torch.full_like(v, 0.25) for k, v in bounds.items()}
+    plain, _ = trigger_effect(tiny, seen, Brighten(), 4, batch_size=30)
+    clipped, _ = trigger_effect(models.set_bounds(tiny, level), seen, Brighten(), 4, batch_size=100)
     assert len({m.site for m in plain}) == 4
     assert all(m.bound is None for m in plain)
     assert all(m.bound == 0.25 for m in clipped)
@@ -141,28 +222,28 @@ def test_the_neurons_that_a_trigger_moves_most(tiny, defence):
         torch.testing.assert_close(a.triggered, b.triggered, rtol=1e-4, atol=1e-5)
         assert a.triggered.mean() > a.clean.mean()
         # what was collected is what the network does there
-        seen = []
-        handle = tiny.get_submodule(a.site).register_forward_hook(lambda _m, _i, out, seen=seen: seen.append(out))
-        tiny(utils.to_float(images))
+        there = []
+        handle = tiny.get_submodule(a.site).register_forward_hook(lambda _m, _i, out, there=there: there.append(out))
+        with torch.no_grad():
+            tiny(data.to_float(seen))
         handle.remove()
-        torch.testing.assert_close(seen[0][(slice(None), *a.place)], a.clean, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(there[0][(slice(None), *a.place)], a.clean, rtol=1e-4, atol=1e-5)
 
 
-def test_the_shares_beyond_a_level_are_counted_over_all_neurons_and_images(tiny, defence):
-    images, brighten = (defence[2] * 255).round().to(torch.uint8), Brighten()
-    bounds = random_bounds(tiny, 1)
-    _, sites = trigger_effect(models.set_bounds(tiny, bounds), images, brighten, batch_size=30)
-    _, plain = trigger_effect(models.set_bounds(tiny, None), images, brighten, batch_size=30)
+def test_the_shares_beyond_a_level_are_counted_over_all_neurons_and_images(tiny, seen, bounds):
+    brighten = Brighten()
+    _, sites = trigger_effect(models.set_bounds(tiny, bounds), seen, brighten, batch_size=30)
+    _, plain = trigger_effect(models.set_bounds(tiny, None), seen, brighten, batch_size=30)
     assert [s.site for s in sites] == list(bounds)
     assert all(s.clean_clipped is None and s.triggered_clipped is None for s in plain)
     for name in (list(bounds)[0], list(bounds)[-1]):
-        seen = []
-        handle = tiny.get_submodule(name).register_forward_hook(lambda _m, _i, out, seen=seen: seen.append(out))
-        x = utils.to_float(images)
+        there = []
+        handle = tiny.get_submodule(name).register_forward_hook(lambda _m, _i, out, there=there: there.append(out))
+        x = data.to_float(seen)
         with torch.no_grad():
             tiny(x), tiny(brighten(x))
         handle.remove()
-        clean, triggered = seen
+        clean, triggered = there
         mean, std = clean.mean(0), clean.std(0, correction=0)
         (effect,) = (s for s in sites if s.site == name)
         for share, a, level in (
@@ -174,28 +255,36 @@ def test_the_shares_beyond_a_level_are_counted_over_all_neurons_and_images(tiny,
             assert share == pytest.approx((a > level).double().mean().item(), abs=1e-4)
         live = std.clamp_min(0.1 * std.mean())
         assert effect.distance == pytest.approx(((triggered.mean(0) - mean) / live).max().item(), rel=1e-3)
+    table = effect_table(sites).splitlines()
+    assert [line.split()[0] for line in table[2:]] == list(bounds)
+    assert len(table[2].split()) == len(effect_table(plain).splitlines()[2].split()) + 2
 
 
-def test_bounds_alike_for_all_neurons(tiny, defence):
-    images = (defence[2] * 255).round().to(torch.uint8)
-    wide, tight = uniform_bounds(models.set_bounds(tiny, random_bounds(tiny, 1)), images, (4, 1.5), batch_size=30)
-    seen = {}
-    with models.watching(models.set_bounds(tiny, None), lambda site, a: seen.update({site: a})), torch.no_grad():
-        tiny(utils.to_float(images))
-    assert list(wide) == list(tight) == list(seen)
-    for name, a in seen.items():
+def test_bounds_alike_for_all_neurons(tiny, seen, bounds):
+    wide, tight = uniform_bounds(models.set_bounds(tiny, bounds), seen, (4, 1.5), batch_size=30)
+    there = {}
+    with models.watching(models.set_bounds(tiny, None), lambda site, a: there.update({site: a})), torch.no_grad():
+        tiny(data.to_float(seen))
+    assert list(wide) == list(tight) == list(there)
+    for name, a in there.items():
         mean, std = a.double().mean(0), a.double().std(0, correction=0)
-        for bounds, k in ((wide, 4), (tight, 1.5)):
-            torch.testing.assert_close(bounds[name].double(), mean + k * std, rtol=1e-3, atol=1e-3)
+        for some, k in ((wide, 4), (tight, 1.5)):
+            torch.testing.assert_close(some[name].double(), mean + k * std, rtol=1e-3, atol=1e-3)
 
 
-def test_float_images_in_0_1_measure_as_their_bytes_do(coded):
-    images, labels = coded
-    as_bytes, as_floats = (evaluate(ReadsFirstPixel(), x, labels, Paint(), TARGET) for x in (images, images / 255))
-    assert as_bytes == as_floats
-    assert as_floats.BA == 1
+def test_the_table_of_tightness_measures_the_network_under_each_of_these_bounds(tiny, seen, bounds):
+    models.set_bounds(tiny, bounds)
+    first, totals = list(bounds)[0], []
 
+    def measure(net):
+        site = models.activation_sites(net)[first]
+        totals.append(site.clip_level().sum().item() if hasattr(site, "clip_level") else None)
+        return Measured(0.5, 0.25, 0.125, None, 1, 1, 0)
 
-def test_no_images_are_bad_input():
-    with pytest.raises(ValueError, match="no images"):
-        evaluate(Constant(0), torch.zeros(0, 3, 32, 32), torch.zeros(0, dtype=torch.int64), None, 0)
+    table = tightness_table(tiny, seen, measure).splitlines()
+    assert totals[0] is None  # without bounds
+    assert totals[1:] == pytest.approx([b[first].sum().item() for b in uniform_bounds(tiny, seen, N_SIGMA)])
+    assert all(a > b for a, b in zip(totals[1:], totals[2:], strict=False))
+    assert [line.split()[-3:] for line in table[1:]] == [["50.00", "25.00", "12.50"]] * (1 + len(N_SIGMA))
+    # the network keeps its own
+    assert torch.equal(models.activation_sites(tiny)[first].bound, bounds[first])

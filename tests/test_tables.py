@@ -1,354 +1,506 @@
-"""compare.py and sweep.py: what has a record is not run again, what fails is said, tables hold what was measured."""
+"""Records, tables and compare.py: what has a record is not run again; tables hold what was measured, and no more."""
 
-import dataclasses
+import flags
+from flags import InputError
+
 import json
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 import compare
 import defend
-import pictures
-import records
-import report
-import sweep
 import unit
 import utils
-from cli import ROOT, InputError
+from backdoors import get_backdoor
 from defenses import finetune
-from records import find, load_records
+from evaluate import Measured
+from support import plots, records, tables
+from tests.running import command
 
-SAMPLE = ["--dataset", "cifar10_sample", "--device", "cpu"]
-
-pytestmark = pytest.mark.usefixtures("few_test_images")
-
-
-@pytest.fixture
-def house(tmp_path, victim_file, monkeypatch):
-    """A folder with one small victim, no records, a page with a place for BA and ASR; cells run in this process."""
-    ckpt = tmp_path / "ckpt"
-    ckpt.mkdir()
-    victim_file.rename(ckpt / "cifar10_resnet18_badnet.pt")
-    monkeypatch.setattr(utils, "CKPT", ckpt)
-    (tmp_path / "page.md").write_text(f"{report.BEGIN.format('compare.py')}\n{report.END}\n")
-    init = finetune.Config.__init__
-    monkeypatch.setattr(finetune.Config, "__init__", lambda self, **k: init(self, **{"epochs": 1, **k}))
-    ran = []
-
-    def here(args, defense, attack, victim, seed):
-        ran.append((defense, attack, seed))
-        flags = [*SAMPLE, "--attack", attack, "--seed", str(seed), "--results", args.results, "--draw", args.draw]
-        flags += ["--ckpt", str(victim)]
-        if defense == "ulrl":
-            return "exit status 1: no luck"
-        defend.main([*flags, "--defense", defense])
-        return None
-
-    monkeypatch.setattr(compare, "run_cell", here)
-    return tmp_path, ran
+CPU = torch.device("cpu")
 
 
-def run_compare(folder, *flags):
-    compare.main([*SAMPLE, "--results", str(folder / "results"), "--page", str(folder / "page.md"), *flags])
+def parsed(defense, *given):
+    script, words = ("unit.py", []) if defense == "unit" else ("defend.py", ["--defense", defense])
+    return flags.parser(script).parse_args([*words, *given])
 
 
-def every_figure(folder):
-    return (folder / "results" / "README.md").read_text()
+# --- records ----------------------------------------------------------------------------------------------------------
 
-
-def test_a_cell_is_run_once_and_its_figures_stand_in_the_table(house, capsys):
-    folder, ran = house
-    run_compare(folder, "--defenses", "none", "ft", "--seeds", "1", "2")
-    assert ran == [("none", "badnet", 1), ("none", "badnet", 2), ("ft", "badnet", 1), ("ft", "badnet", 2)]
-    run_compare(folder, "--defenses", "ft", "--seeds", "1", "2")
-    assert len(ran) == 4
-    rows = json.loads((folder / "results" / "compare.json").read_text())
-    assert [(r["attack"], r["defense"], r["n"]) for r in rows] == [("badnet", "none", 2), ("badnet", "ft", 2)]
-    records = [json.loads(p.read_text()) for p in (folder / "results").glob("ft_*.json")]
-    mean, asr = (sum(r["after"][k] for r in records) / 2 for k in ("BA", "ASR"))
-    assert rows[1]["BA"] == pytest.approx(mean)
-    assert f"| cifar10_resnet18_badnet | ft | {100 * mean:.2f} |" in every_figure(folder)
-    line = next(line for line in (folder / "page.md").read_text().splitlines() if "badnet" in line)
-    assert line.split(" | ")[2] == f"{100 * mean:.2f} / {100 * asr:.2f} (n = 2)"  # after the victim and `none`
-    assert line.endswith("| – | – | – | – |")  # what was not run
-    assert (folder / "results" / "compare.png").exists()
-
-
-def test_a_cell_that_fails_does_not_take_the_rest_with_it(house, capsys):
-    folder, ran = house
-    with pytest.raises(SystemExit) as end:
-        run_compare(folder, "--defenses", "ulrl", "ft")
-    assert end.value.code == 1
-    assert "badnet, ulrl, seed 1024: exit status 1: no luck" in capsys.readouterr().err
-    assert "| cifar10_resnet18_badnet | ft |" in every_figure(folder)
-
-
-def test_of_several_seeds_each_cell_has_a_place_of_its_own_until_it_is_measured(tmp_path, monkeypatch):
-    """Always the same, so that a cell that was cut off goes on."""
-    places, popen = [], subprocess.Popen
-    monkeypatch.setattr(utils, "CKPT", tmp_path)
-
-    def fake(command, **kwargs):
-        places.append(Path(command[command.index("--out") + 1]))
-        return popen(["touch", places[-1]], **kwargs)
-
-    monkeypatch.setattr(compare.subprocess, "Popen", fake)
-    args = compare.parser().parse_args([*SAMPLE, "--results", str(tmp_path), "--seeds", "7", "8"])
-    cells = [(defense, seed) for defense in compare.COLUMNS for seed in args.seeds]
-    for defense, seed in cells * 2:
-        assert compare.run_cell(args, defense, "wanet", tmp_path / "cifar10_resnet18_wanet.pt", seed) is None
-        assert not list(tmp_path.iterdir())
-    assert len(set(places)) == len(cells)
-    assert places[: len(cells)] == places[len(cells) :]
-    assert {place.parent for place in places} == {tmp_path}
+BADNET = {"file": "cifar10_resnet18_badnet.pt", "sha256": "0", "attack": "badnet"}
 
 
 @pytest.mark.parametrize(
-    ("status", "said"), [(0, None), (2, "exit status 2: the last line"), (-9, "killed by signal 9")]
+    ("defense", "given", "name"),
+    [
+        ("unit", [], "unit"),
+        ("unit", ["--n_steps", "300", "--acc_degrade", "0.030", "--seed", "1024"], "unit"),  # the defaults, given
+        ("unit", ["--step_images", "250", "--acc_degrade", "0.05"], "unit,acc_degrade=0.05,step_images=250"),
+        ("unit", ["--acc_degrade", "0.05", "--step_images", "250"], "unit,acc_degrade=0.05,step_images=250"),
+        ("unit", ["--seed", "7", "--draw", "random"], "unit,draw=random,seed=7"),
+        ("ft", ["--data_rate", "0.01", "--epochs", "3"], "ft,data_rate=0.01,epochs=3"),
+        ("dbd", ["--epochs", "2", "1", "3", "--poison_rate", "0.2"], "dbd,epochs=2+1+3,poison_rate=0.2"),
+        ("bcu", ["--dataset", "cifar10_sample", "--target", "1"], "bcu,dataset=cifar10_sample,target=1"),
+        # where and how it is computed, and under which name, is none of it
+        ("unit", ["--device", "cpu", "--precision", "fp32", "--micro_batch", "9", "--batch_size", "9"], "unit"),
+        ("unit", ["--max_minutes", "9", "--no-resume", "--out", "x", "--outdir", "y", "--ckpt", "z"], "unit"),
+        ("ulrl", ["--datadir", "x", "--network", "resnet50", "--device", "cpu"], "ulrl"),
+    ],
 )
-def test_a_cell_is_a_command_of_its_own(tmp_path, monkeypatch, capfd, status, said):
-    """The command line is one that the script's own parser takes; what it says on standard error is passed on."""
-    commands, popen = [], subprocess.Popen
-
-    def fake(command, **kwargs):
-        commands.append(command)
-        end = "kill -9 $$" if status < 0 else f"exit {status}"
-        return popen(["sh", "-c", f"echo some bar >&2; echo the last line >&2; {end}"], **kwargs)
-
-    monkeypatch.setattr(compare.subprocess, "Popen", fake)
-    for defense in compare.COLUMNS:
-        args = compare.parser().parse_args([*SAMPLE, "--results", str(tmp_path), "--draw", "random"])
-        args.seeds = [7]
-        assert compare.run_cell(args, defense, "wanet", Path("v.pt"), 7) == said
-        assert "some bar" in capfd.readouterr().err
-        script, flags = commands[-1][1], commands[-1][2:]
-        known = (unit if script.endswith("unit.py") else defend).parser().parse_args(flags)
-        assert (known.attack, known.ckpt, known.seed, known.draw) == ("wanet", "v.pt", 7, "random")
-        assert known.dataset == "cifar10_sample"
-        search = {"steps": "unit", "budget": "unit_budget"}.get(getattr(known, "until", None))
-        assert (search or known.defense) == defense
+def test_the_name_of_a_record_has_what_differs_from_the_defaults(tmp_path, defense, given, name):
+    args = parsed(defense, *given, "--results", str(tmp_path))
+    assert records.path_of(defense, args, BADNET) == tmp_path / "cifar10_resnet18_badnet" / f"{name}.json"
 
 
-def test_the_committed_default_run_is_found():
-    """The record of the default run in results/ is that of the committed victim, and the table takes it."""
-    args = compare.parser().parse_args([])
-    sums = {path.stem: victim_sum for _, path, victim_sum in compare.victims(args)}
-    records = load_records(ROOT / "results").values()
-    assert 1024 in find(
-        records, "unit", sums["cifar10_resnet18_badnet"], compare.usual_settings(args, "unit", "badnet")
-    )
+@pytest.mark.parametrize(
+    ("own", "given", "name"),
+    [
+        ("badnet", "badnet", "none"),
+        ("wanet", "wanet", "none"),
+        ("badnet", "wanet", "none,attack=wanet"),
+        ("none", "badnet", "none,attack=badnet"),  # though it is the flag's default
+        ("badnet", "none", "none,attack=none"),
+        (None, "wanet", "none"),  # of unknown origin
+    ],
+)
+def test_the_name_of_a_record_has_an_attack_that_is_not_the_victims(tmp_path, own, given, name):
+    args = parsed("none", "--attack", given, "--results", str(tmp_path))
+    victim = {"file": tmp_path / "elsewhere" / "v.pt", "attack": own}
+    assert records.path_of("none", args, victim) == tmp_path / "v" / f"{name}.json"
 
 
-def test_victims_of_every_width_are_cells(house):
-    folder, ran = house
-    full = utils.CKPT / "cifar10_resnet18_badnet.pt"
-    narrow = utils.load_checkpoint(full) | {"target": None}  # another file
-    utils.save_checkpoint(narrow, utils.CKPT / "cifar10_resnet18-w0.125_badnet.pt")
-    run_compare(folder, "--defenses", "none")
-    assert len(ran) == 2
-    page = every_figure(folder)
-    assert page.index("| cifar10_resnet18_badnet | none |") < page.index("| cifar10_resnet18-w0.125_badnet | none |")
-    page = (folder / "page.md").read_text()
-    assert page.index("| cifar10_resnet18_badnet |") < page.index("| cifar10_resnet18-w0.125_badnet |")
+def unit_run(tmp_path, n_steps=300):
+    """A run of UNIT as large as the default one: its record's path and trajectory, saved."""
+    args = parsed("unit", "--results", str(tmp_path))
+    measured = Measured(0.9072999999999999, 0.012888888888888889, 0.8991111111111111, 0.91, 10000, 9000, 1000)
+    g = torch.Generator().manual_seed(0)
+    history = {k: torch.rand(n_steps, generator=g).tolist() for k in ("alpha", "ce", "reg", "valid_acc")}
+    figures = {"before": measured._asdict(), "after": measured._asdict(), "seconds": 1257.123456789, "peak_GiB": 1 / 3}
+    figures |= {"n_train": 2000, "n_valid": 500, "steps": n_steps, "interrupted": None, "best_step": 285}
+    figures |= {"found_good": True, "initial_acc": 0.9340000152587891, "R": [10.560123456789, 8.290123456789]}
+    victim = {"file": "cifar10_resnet18_badnet.pt", "sha256": "0123456789abcdef" * 4, "attack": "badnet"}
+    path = records.path_of("unit", args, victim)
+    records.save(path, "unit", args, unit.UnitConfig(precision="bf16"), victim, CPU, figures, history)
+    return path, history, figures, victim
 
 
-def test_a_search_until_the_budget_is_a_cell_of_its_own():
-    args = compare.parser().parse_args([])
-    usual = {d: compare.usual_settings(args, d, "badnet") for d in ("unit", "unit_budget")}
-    for defense, settings in usual.items():
-        record = {"defense": "unit", "victim": {"sha256": "0"}, "settings": settings | {"seed": 1}}
-        assert [d for d in usual if compare.found({"a": record}, d, "0", usual[d])] == [defense]
+def test_a_record_is_small_and_its_trajectory_lies_beside_it(tmp_path):
+    path, history, figures, victim = unit_run(tmp_path)
+    assert path.stat().st_size < 5000
+    record = json.loads(path.read_text())
+    assert {k: record[k] for k in figures} == figures
+    assert (record["defense"], record["victim"]) == ("unit", victim)
+    assert {k: record["settings"][k] for k in ("acc_degrade", "n_sigma", "betas", "precision", "n_steps")} == {
+        "acc_degrade": 0.03, "n_sigma": 4.0, "betas": [0.5, 0.9], "precision": "bf16", "n_steps": 300
+    }  # fmt: skip
+    assert not {"datadir", "ckpt", "out", "outdir", "results"} & set(record["settings"])  # of this machine alone
+    assert {"python", "torch", "device", "kind", "threads", "date", "processes"} == set(record["machine"])
+    with np.load(path.with_suffix(".npz")) as file:
+        assert set(file) == set(history)
+        for name, values in history.items():
+            np.testing.assert_array_equal(file[name], np.float32(values))
+    assert sorted(p.name for p in path.parent.iterdir()) == ["unit.json", "unit.npz"]
 
 
-def test_the_picture_takes_more_victims_than_there_are_markers(tmp_path):
-    rows = [{"victim": f"v{i}", "defense": "ft", "BA": 0.9, "ASR": 0.1} for i in range(12)]
-    pictures.draw_compared(rows, tmp_path / "x.png")
-    assert (tmp_path / "x.png").read_bytes()[1:4] == b"PNG"
+def test_a_record_is_found_by_the_weights_of_its_victim(tmp_path):
+    path, _, figures, victim = unit_run(tmp_path)
+    assert records.load(path, victim["sha256"])["after"] == figures["after"]
+    assert records.load(path, "f" * 64) is None
+    assert records.load(path.with_name("ft.json"), victim["sha256"]) is None
+    for why in ("interrupted", "out of time"):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"interrupted": why}))
+        assert records.load(path, victim["sha256"]) is None
 
 
-def test_of_two_precisions_bf16_is_the_cell():
-    """Whether the flag says so, or auto, and the record what that came to."""
-    victim = {"victim": {"sha256": "0"}}
-    flags = [{"defense": "unit", **victim, "settings": {"seed": 1, "precision": p}} for p in ("bf16", "fp32")]
-    auto = {"defense": "ft", **victim, "settings": {"seed": 1, "precision": "auto"}}
-    chosen = [{**auto, "precision": p} for p in ("bfloat16", "float32")]
-    for bf16, fp32 in (flags, chosen):
-        for pair in ([bf16, fp32], [fp32, bf16]):
-            assert find(pair, bf16["defense"], "0", {})[1] is bf16
+@pytest.mark.parametrize("content", ["{}", "[]", "", "no json", '{"victim": "x.pt"}', '{"victim": null}'])
+def test_what_is_no_record_is_named(tmp_path, content):
+    (tmp_path / "unit.json").write_text(content)
+    with pytest.raises(InputError, match=r"unit\.json is no record of a run"):
+        records.load(tmp_path / "unit.json", "0")
 
 
-def test_the_table_of_the_readme_is_that_of_the_defaults(house):
-    with pytest.raises(InputError, match="--page"):
-        compare.main([*SAMPLE, "--results", str(house[0] / "results")])
-    with pytest.raises(InputError, match="--results"):
-        compare.main([*SAMPLE, "--page", str(house[0] / "page.md")])
-    assert not house[1]
+# --- tables in pages --------------------------------------------------------------------------------------------------
 
 
-def test_images_of_another_set_are_a_row_apart(house):
-    folder, _ = house
-    about = {"dataset": "cifar10_sample", "network": "resnet18", "attack": "badnet", "target": 0}
-    usual = compare.usual_settings(compare.parser().parse_args(SAMPLE), "bcu", "badnet")
-    victim = {"sha256": utils.sha256(utils.CKPT / "cifar10_resnet18_badnet.pt")}
-    figures = {"seconds": 5.0, "data": 500, "labels": False, "machine": {"device": "x"}}
-    for ood, ba in ((None, 0.8), ("clothes.gz", 0.7)):
-        settings = usual | about | {"ood": ood, "seed": 1024}
-        record = {"defense": "bcu", "victim": victim, "settings": settings, "after": {"BA": ba, "ASR": 0.1}, **figures}
-        utils.save_json(record, folder / "results" / f"bcu_{ba}.json")
-    run_compare(folder, "--no-run")
-    page = every_figure(folder)
-    assert "| cifar10_resnet18_badnet | bcu | 80.00 | 10.00 | 5 |" in page
-    assert "| cifar10_resnet18_badnet | bcu (on images of clothes.gz) | 70.00 | 10.00 | 5 |" in page
-    page = (folder / "page.md").read_text()
-    assert "80.00 / 10.00" in page
-    assert "70.00" not in page
+def test_a_share_that_was_not_measured_is_a_dash():
+    assert [tables.percent(s) for s in (None, 0.0, 0.98765, 1)] == ["–", "0.00", "98.77", "100.00"]
 
 
-def test_another_victim_is_another_cell(house):
-    folder, ran = house
-    run_compare(folder, "--defenses", "none")
-    path = utils.CKPT / "cifar10_resnet18_badnet.pt"
-    checkpoint = utils.load_checkpoint(path)
-    checkpoint["state_dict"]["linear.bias"] += 1
-    utils.save_checkpoint(checkpoint, path)
-    run_compare(folder, "--defenses", "none")
-    assert len(ran) == 2
-
-
-def test_a_page_without_a_place_is_known_before_anything_is_run(house):
-    folder, ran = house
-    (folder / "page.md").write_text("nothing here")
-    with pytest.raises(InputError, match="no place"):
-        run_compare(folder)
-    (folder / "page.md").unlink()
-    with pytest.raises(InputError, match="cannot read"):
-        run_compare(folder)
-    assert not ran
-
-
-def test_runs_of_dbd_stand_apart_by_their_settings(house):
-    folder, _ = house
-    about = {"dataset": "cifar10_sample", "network": "resnet18", "attack": "blended", "target": 0, "poison_rate": 0.05}
-    figures = {"after": {"BA": 0.8, "ASR": 0.1}, "seconds": 5.0, "data": 0, "machine": {"device": "x"}}
-    for name, seed, epochs in (("a", 1, 2), ("b", 2, 2), ("c", 1, 9)):
-        settings = about | {
-            "seed": seed,
-            "width": 0.25,
-            "simclr_epochs": epochs,
-            "linear_epochs": 1,
-            "mixmatch_epochs": 1,
-        }
-        record = {"defense": "dbd", "victim": {"sha256": "0"}, "settings": settings, **figures}
-        utils.save_json(record, folder / "results" / f"dbd_{name}.json")
-    run_compare(folder, "--no-run")
-    page = every_figure(folder)
-    assert "| blended | dbd (width 0.25, 2+1+1 epochs, poison rate 5 %, target 0) | 80.00 | 10.00 |" in page
-    rows = json.loads((folder / "results" / "compare.json").read_text())
-    assert sorted(r["n"] for r in rows) == [1, 2]
-
-
-def test_every_column_finds_its_own_flags_again():
-    """The settings a table looks for are those a run writes: flags as given, and the constants of the method."""
-    args = compare.parser().parse_args([])
-    for defense in compare.COLUMNS:
-        settings = compare.usual_settings(args, defense, "badnet")
-        assert settings["attack"] == "badnet"
-        assert not {"seed", "results", "out", "device"} & set(settings)
-    assert compare.usual_settings(args, "ulrl", "badnet")["data_rate"] == 0.01
-    assert compare.usual_settings(args, "unit", "badnet")["n_sigma"] == 4.0
-
-
-def test_a_sweep_runs_each_value_once(house, monkeypatch, capsys):
-    folder, _ = house
-    search, seen = unit.tighten, []
-
-    def short(model, *data_and_config, **kwargs):
-        *data, config, on_step = data_and_config
-        seen.append((config.acc_degrade, len(data[0]) + len(data[2])))
-        return search(model, *data, dataclasses.replace(config, n_steps=1), on_step, **kwargs)
-
-    monkeypatch.setattr(unit, "tighten", short)
-    flags = [*SAMPLE, "--attack", "badnet", "--results", str(folder / "results")]
-    for _ in range(2):
-        sweep.main([*flags, "--acc_degrade", "0.01", "0.03", "--data_rate", "0.5"])
-    assert seen == [(0.01, 500), (0.03, 500), (0.03, 250)]
-    assert [path.name for path in utils.CKPT.iterdir()] == ["cifar10_resnet18_badnet.pt"]
-    page = (folder / "results" / "README.md").read_text()
-    assert page.count("| acc_degrade |") == 2
-    assert "| data_rate | 0.5 | 250 |" in page
-    assert (folder / "results" / "sweep_cifar10_sample_cifar10_resnet18_badnet.png").exists()
-    sweep.main([*flags, "--draw", "random", "--acc_degrade", "--data_rate", "0.5"])
-    assert (folder / "results" / "README.md").read_text().startswith(page)  # a table apart
-    for good, said in ((True, "| 0.01 |"), (False, "| 0.01 (no step within acc_degrade; the last one taken) |")):
-        for path in (folder / "results").glob("unit_*.json"):
-            path.write_text(json.dumps(json.loads(path.read_text()) | {"found_good": good}))
-        sweep.main([*flags, "--acc_degrade", "0.01", "--data_rate"])
-        assert f"| acc_degrade {said}" in (folder / "results" / "README.md").read_text()
-    with pytest.raises(InputError, match="nothing to run"):
-        sweep.main([*flags, "--acc_degrade"])
+def test_a_table_in_markdown():
+    assert tables.markdown(["a", "b"], [["x", 1], ["y", None]]).splitlines() == [
+        "| a | b |", "| --- | --- |", "| x | 1 |", "| y | None |"
+    ]  # fmt: skip
 
 
 def test_a_table_goes_between_its_marks_alone(tmp_path):
     page = tmp_path / "page.md"
-    a, b = (report.BEGIN.format(script) for script in ("a.py", "b.py"))
-    text = f"before\n{a}\nold\n{report.END}\nbetween\n{b}\nkept\n{report.END}\nafter\n"
+    a, b = (tables.BEGIN.format(name) for name in ("a", "b"))
+    text = f"before\n{a}\nold\n{tables.END}\nbetween\n{b}\nkept\n{tables.END}\nafter\n"
     page.write_text(text)
-    report.put(page, "| new |", "a.py")
-    assert page.read_text() == text.replace("old", "| new |")
-    page.write_text("no marks")
+    for _ in range(2):
+        tables.put(page, "a", "| new |")
+        assert page.read_text() == text.replace("old", "| new |")
+
+
+@pytest.mark.parametrize("text", ["no marks", tables.BEGIN.format("a"), f"{tables.END}\n{tables.BEGIN.format('a')}\n"])
+def test_a_page_without_a_place_is_left_as_it_is(tmp_path, text):
+    page = tmp_path / "page.md"
+    page.write_text(text)
     with pytest.raises(InputError, match="no place"):
-        report.put(page, "| new |")
-    assert page.read_text() == "no marks"
+        tables.put(page, "a", "| new |")
+    assert page.read_text() == text
+    with pytest.raises(InputError, match="cannot read"):
+        tables.put(tmp_path / "none.md", "a", "| new |")
 
 
-def run_record(**changes):
-    """A record of unit.py on the default settings, with other settings."""
-    usual = vars(unit.parser().parse_args([])) | dataclasses.asdict(unit.UnitConfig(precision="bf16"))
-    figures = {"n_train": 2000, "n_valid": 500, "interrupted": False, "seconds": 12.0, "best_step": 1}
-    figures |= {"before": {"BA": 0.9276, "ASR": 1.0}, "after": {"BA": 0.9028, "ASR": 0.0117}}
-    figures |= {"history": {"reg": [9.5, 8.25]}, "victim": {"file": "cifar10_resnet18_badnet.pt", "sha256": "0"}}
-    figures["machine"] = {"device": "a machine", "threads": 2}
-    return {"defense": "unit", "settings": usual | changes, **figures}
+# --- the picture ------------------------------------------------------------------------------------------------------
 
 
-def test_the_table_of_runs_has_what_the_records_say(tmp_path):
-    utils.save_json(run_record(), tmp_path / "unit_a.json")
-    utils.save_json(run_record(acc_degrade=0.1), tmp_path / "unit_b.json")  # not the authors' constants
-    utils.save_json(run_record() | {"interrupted": True}, tmp_path / "unit_c.json")
-    utils.save_json(run_record(until="budget"), tmp_path / "unit_d.json")
-    rows = report.runs(tmp_path).splitlines()[2:]
-    for row, steps in zip(rows, ("300", "2, until budget"), strict=True):
-        start = (
-            f"| cifar10_resnet18_badnet | cifar10 | 2,500 | {steps} | 92.76 / 100.00 | **90.28 / 1.17** | 9.50 → 8.25 |"
-        )
-        assert row.startswith(f"{start} 2 | 12 |")
+def test_the_picture_has_a_panel_for_each_victim_and_leaves_out_what_has_no_ra(tmp_path, monkeypatch):
+    drawn, savefig = [], plots.Figure.savefig
+    monkeypatch.setattr(plots.Figure, "savefig", lambda self, *a, **k: (drawn.append(self), savefig(self, *a, **k)))
+    rows = [{"victim": f"v{i}", "defense": d, "BA": 0.9, "RA": i / 20} for i in range(12) for d in ("ft", "unit")]
+    plots.draw_compared([*rows, {"victim": "clean", "defense": "ft", "BA": 0.9, "RA": None}], tmp_path / "x.png")
+    panels = {axis.get_title(): axis for axis in drawn[0].axes if axis.get_title()}
+    assert list(panels) == [f"v{i}" for i in range(12)]
+    for i, axis in enumerate(panels.values()):
+        points = [(line.get_xdata()[0], line.get_ydata()[0]) for line in axis.lines if len(line.get_xdata())]
+        assert points == [(pytest.approx(5 * i), 90)] * 2
+    assert (tmp_path / "x.png").read_bytes()[1:4] == b"PNG"
 
 
-def test_the_table_of_precisions_pairs_what_differs_in_nothing_else(tmp_path):
-    utils.save_json(run_record(), tmp_path / "unit_a.json")
-    fp32 = run_record(precision="fp32", micro_batch=1000) | {"after": {"BA": 0.9048, "ASR": 0.0107}}
-    utils.save_json(fp32, tmp_path / "unit_b.json")
-    for i, other in enumerate(({"seed": 1}, {"lr": 0.01}, {"attack": "wanet"})):
-        utils.save_json(run_record(precision="fp32", **other), tmp_path / f"unit_c{i}.json")
-    another_victim = run_record(precision="fp32") | {"victim": {"file": "x.pt", "sha256": "1"}}
-    utils.save_json(another_victim, tmp_path / "unit_d.json")
-    (row,) = report.precisions(tmp_path).splitlines()[2:]
-    start = "| cifar10_resnet18_badnet | cifar10 | 300 | 90.28 / 1.17 | 90.48 / 1.07 | -0.20 / +0.10 | 2 | 2 |"
-    assert row == f"{start} 12 (a machine, 2 threads) | 12 (a machine, 2 threads) |"
+def test_without_anything_to_show_there_is_no_picture(tmp_path):
+    plots.draw_compared([], tmp_path / "x.png")
+    plots.draw_compared([{"victim": "clean", "defense": "ft", "BA": 0.9, "RA": None}], tmp_path / "x.png")
+    assert not (tmp_path / "x.png").exists()
 
 
-def test_records_of_one_second_stand_beside_each_other(tmp_path, monkeypatch):
-    monkeypatch.setattr(records.time, "strftime", lambda _format: "now")
-    args = unit.parser().parse_args(["--results", str(tmp_path)])
-    given = "unit", args, unit.UnitConfig(), {"file": "v.pt", "sha256": "0"}, torch.device("cpu"), "resnet18"
-    paths = [records.save_record(*given, number=i) for i in range(3)]
-    assert [r["number"] for r in records.load_records(tmp_path).values()] == [0, 1, 2]
-    assert list(records.load_records(tmp_path)) == paths
+# --- compare.py -------------------------------------------------------------------------------------------------------
 
 
-def test_what_is_no_record_is_named(tmp_path):
-    (tmp_path / "unit_x.json").write_text("{}")
-    with pytest.raises(InputError, match="no record of a run"):
-        report.runs(tmp_path)
+def figures(ba, asr, ra):
+    return Measured(ba, asr, ra, 0.75, 10000, 0 if asr is None else 9000, 1000)._asdict()
+
+
+class House:
+    """A folder with small victims in ckpt/, and results/ for their records."""
+
+    def __init__(self, folder, state):
+        self.folder, self.results, self.state, self.run = folder, folder / "results", state, compare.Victim.run
+
+    def victim(self, name, attack, width=0.125):
+        path = self.folder / "ckpt" / f"cifar10_{name}.pt"
+        about = {"network": "resnet18", "width": width, "num_classes": 10, "attack": attack, "target": 0}
+        about |= {"bounds": None, "trigger": None if attack == "none" else get_backdoor(attack).state_dict()}
+        about |= {"clean_label": attack == "reflection", "poison_rate": 0.1, "sampling": "resampled", "epochs": 30}
+        about |= figures(0.93, *((None, None) if attack == "none" else (1.0, 0.0)))
+        # what its width is stands in the file; these weights are of the same for all
+        utils.save_checkpoint({**about, "state_dict": self.state, "seconds": 99.4, "commit": "abc"}, path)
+        return path
+
+    def record(self, path, cell, measured, **changes):
+        victim = {"file": path.name, "sha256": utils.sha256(path), "attack": "x"}
+        record = {"defense": cell.split(",")[0], "victim": victim, "settings": {}, "after": measured, "seconds": 12.3}
+        record |= {"machine": {"threads": 2}, "commit": "0123456789", **changes}
+        utils.save_json(record, self.results / path.stem / f"{cell}.json")
+
+    def compare(self, *given):
+        compare.main(["--results", str(self.results), "--device", "cpu", *given])
+
+    def rows(self, table="overview"):
+        """The lines of a table in results/README.md: {(cells to the left): [the other cells]}."""
+        page = (self.results / "README.md").read_text()
+        lines = page.partition(tables.BEGIN.format(table))[2].partition(tables.END)[0].strip().splitlines()
+        cells = [[c.strip() for c in line.strip("|").split("|")] for line in lines]
+        left = 1 if table == "overview" else 2
+        return {tuple(c[:left]) if left > 1 else c[0]: c[left:] for c in [cells[0], *cells[2:]]}
+
+
+@pytest.fixture
+def house(tmp_path, untouched, monkeypatch):
+    (tmp_path / "ckpt").mkdir()
+    monkeypatch.setattr(utils, "CKPT", tmp_path / "ckpt")
+    house = House(tmp_path, utils.half_weights(untouched.state_dict()))
+    monkeypatch.setattr(compare.Victim, "run", lambda *_args: pytest.fail("a cell was run"))
+    return house
+
+
+def running(house, monkeypatch, failing=()):
+    """Let cells be records at once; return the list of those that were run."""
+    ran = []
+
+    def run(victim, cell, args):
+        ran.append((victim.path.stem, cell))
+        if cell in failing:
+            return "exit status 1, see above"
+        house.record(victim.path, cell, figures(0.5, 0.25, 0.125))
+        return None
+
+    monkeypatch.setattr(compare.Victim, "run", run)
+    return ran
+
+
+def test_the_overview_has_the_records_and_the_ceiling_of_ra(house, capsys):
+    badnet, clean = house.victim("resnet18_badnet", "badnet"), house.victim("resnet18_none", "none")
+    wanet = house.victim("resnet18_wanet", "wanet")
+    house.record(badnet, "none", figures(0.9356, 1.0, 0.0))
+    house.record(badnet, "unit", figures(0.9073, 0.01291, 0.8991))
+    house.record(badnet, "unit,acc_degrade=0.05", figures(0.8, 0.7, 0.1))  # another column
+    house.record(wanet, "ulrl", figures(0.91, 0.5, 0.25))
+    house.record(clean, "none", figures(0.9459, None, None))
+    house.record(clean, "none,attack=badnet", figures(0.9459, 0.0056, 0.9447))
+    house.compare("--no-run")
+    assert house.rows() == {
+        "BA / ASR / RA in %": ["no defense", "FT", "BCU", "ULRL", "UNIT", "UNIT, 250 images a step", "ceiling of RA"],
+        "resnet18_badnet": ["93.56 / 100.00 / 0.00", "–", "–", "–", "90.73 / 1.29 / 89.91", "–", "94.47"],
+        "resnet18_wanet": ["–", "–", "–", "91.00 / 50.00 / 25.00", "–", "–", "–"],
+        "resnet18_none": ["94.59", "–", "–", "–", "–", "–", "–"],
+    }
+    assert list(house.rows())[1:] == ["resnet18_badnet", "resnet18_wanet", "resnet18_none"]
+    assert "90.73 / 1.29 / 89.91" in capsys.readouterr().out
+    assert (house.results / "pictures" / "compare.png").read_bytes()[1:4] == b"PNG"
+
+
+def test_the_ceiling_is_of_the_same_width(house):
+    wide, narrow = house.victim("resnet18_badnet", "badnet", 1.0), house.victim("resnet18-w0.25_badnet", "badnet", 0.25)
+    clean = house.victim("resnet18_none", "none", 1.0)
+    for path in (narrow, wide):
+        house.record(path, "none", figures(0.9, 1.0, 0.0))
+    house.record(clean, "none,attack=badnet", figures(0.9, 0.01, 0.8))
+    house.compare("--no-run")
+    assert [(name, cells[-1]) for name, cells in list(house.rows().items())[1:]] == [
+        ("resnet18_badnet", "80.00"), ("resnet18-w0.25_badnet", "–")  # full width first
+    ]  # fmt: skip
+
+
+def test_what_does_not_count_is_a_dash(house):
+    path = house.victim("resnet18_badnet", "badnet")
+    house.record(path, "none", figures(0.5, 0.5, 0.5))
+    house.record(path, "ft", figures(0.6, 0.6, 0.4), victim={"sha256": "0" * 64})  # of other weights
+    house.record(path, "unit", figures(0.7, 0.7, 0.3), interrupted="out of time")
+    house.compare("--no-run")
+    assert house.rows()["resnet18_badnet"] == ["50.00 / 50.00 / 50.00", *6 * ["–"]]
+    assert set(house.rows("details")) == {("victim", "run"), ("resnet18_badnet", "none")}
+    utils.save_checkpoint(utils.load_checkpoint(path) | {"target": 1}, path)  # other bytes
+    house.compare("--no-run")
+    assert list(house.rows()) == ["BA / ASR / RA in %"]
+
+
+def test_every_record_is_a_line_of_the_details(house):
+    path = house.victim("resnet18_badnet", "badnet")
+    house.record(path, "none", figures(0.5, 0.5, 0.5), seconds=0.0)
+    house.record(path, "ulrl", figures(0.6, 0.6, 0.4), findings={"outcome": "suspicious: rows 0"})
+    house.record(path, "unit,acc_degrade=0.05", figures(0.7, 0.7, 0.3), best_step=4, steps=300)
+    house.compare("--no-run")
+    assert list(house.rows("details").values())[1:] == [
+        ["50.00 / 50.00 / 50.00", "75.00", "", "–", "2", "0123456789"],
+        ["60.00 / 60.00 / 40.00", "75.00", "suspicious: rows 0", "12", "2", "0123456789"],
+        ["70.00 / 70.00 / 30.00", "75.00", "step 5 of 300", "12", "2", "0123456789"],
+    ]
+    assert ("resnet18_badnet", "unit,acc_degrade=0.05") in house.rows("details")
+
+
+def test_only_victims_are_rows(house):
+    house.victim("resnet18_badnet", "badnet")
+    other = house.folder / "ckpt" / "cifar10_resnet18_badnet_ft.pt"
+    content = utils.load_checkpoint(house.folder / "ckpt" / "cifar10_resnet18_badnet.pt")
+    utils.save_checkpoint(content | {"defense": {"name": "ft"}}, other)
+    (house.folder / "ckpt" / "cifar10_resnet18_wanet.partial.pt").write_bytes(b"half a victim")
+    torch.save(house.state, house.folder / "ckpt" / "cifar10_foreign.pt")
+    args = flags.parser("compare.py").parse_args([])
+    assert [v.path.name for v in compare.all_victims(args)] == ["cifar10_resnet18_badnet.pt"]
+
+
+def test_what_has_no_record_is_run_once(house, monkeypatch):
+    house.victim("resnet18_wanet", "wanet")
+    house.victim("resnet18_badnet", "badnet")
+    house.victim("resnet18_none", "none")
+    ran = running(house, monkeypatch)
+    house.compare("--defenses", "none", "ft")
+    assert ran == [
+        ("cifar10_resnet18_badnet", "none"),
+        ("cifar10_resnet18_badnet", "ft"),
+        ("cifar10_resnet18_wanet", "none"),
+        ("cifar10_resnet18_wanet", "ft"),
+        ("cifar10_resnet18_none", "none"),
+        ("cifar10_resnet18_none", "ft"),
+        ("cifar10_resnet18_none", "none,attack=badnet"),  # the ceilings
+        ("cifar10_resnet18_none", "none,attack=wanet"),
+    ]
+    assert house.rows()["resnet18_wanet"] == [*2 * ["50.00 / 25.00 / 12.50"], *4 * ["–"], "12.50"]
+    ran.clear()
+    house.compare("--defenses", "none", "ft", "unit,n_steps=9")
+    assert [cell for _, cell in ran] == 3 * ["unit,n_steps=9"]
+
+
+def test_a_cell_that_fails_does_not_take_the_rest_with_it(house, monkeypatch, capsys):
+    house.victim("resnet18_badnet", "badnet")
+    ran = running(house, monkeypatch, failing=["ulrl"])
+    with pytest.raises(SystemExit) as end:
+        house.compare("--defenses", "ulrl", "ft")
+    assert end.value.code == 1
+    assert [cell for _, cell in ran] == ["ulrl", "ft"]
+    assert capsys.readouterr().err == "failed:\ncifar10_resnet18_badnet, ulrl: exit status 1, see above\n"
+    assert house.rows()["resnet18_badnet"] == ["–", "50.00 / 25.00 / 12.50", *5 * ["–"]]
+    ran.clear()
+    with pytest.raises(SystemExit):
+        house.compare("--defenses", "ulrl", "ft")
+    assert [cell for _, cell in ran] == ["ulrl"]
+
+
+COLUMNS = [
+    ("none", "none", {"defense": "none"}),
+    ("ft,epochs=5", "ft,epochs=5", {"defense": "ft", "epochs": [5]}),
+    ("bcu", "bcu", {"defense": "bcu"}),
+    ("ulrl,draw=random", "ulrl,draw=random", {"defense": "ulrl", "draw": "random"}),
+    ("unit", "unit", {"acc_degrade": 0.03}),
+    ("unit,acc_degrade=0.05", "unit,acc_degrade=0.05", {"acc_degrade": 0.05}),
+    # one run, however its settings are written
+    ("unit,step_images=250,acc_degrade=0.050", "unit,acc_degrade=0.05,step_images=250", {"step_images": 250}),
+    ("unit,acc_degrade=0.03", "unit", {"acc_degrade": 0.03}),
+    ("none,attack=wanet", "none,attack=wanet", {"defense": "none", "attack": "wanet"}),
+]
+
+
+@pytest.mark.parametrize(("cell", "name", "settings"), COLUMNS)
+@pytest.mark.parametrize("status", [0, 2])
+def test_a_cell_is_a_command_whose_record_it_finds_again(house, monkeypatch, cell, name, settings, status):
+    path = house.victim("resnet18_badnet", "badnet")
+    monkeypatch.setattr(compare.Victim, "run", house.run)
+    commands = []
+
+    def run(words, **kwargs):
+        commands.append(words)
+        script, given = words[1], words[2:]
+        args = flags.parser(Path(script).name).parse_args(given)
+        if status == 0:
+            place = records.path_of(cell.split(",")[0], args, {"file": path.name, "attack": "badnet"})
+            house.record(path, place.stem, figures(0.5, 0.25, 0.125))
+            assert place == house.results / path.stem / f"{name}.json"
+        return subprocess.CompletedProcess(words, status)
+
+    monkeypatch.setattr(compare, "subprocess", SimpleNamespace(run=run))
+    args = flags.parser("compare.py").parse_args(["--results", str(house.results), "--datadir", "D", "--device", "cpu"])
+    victim = compare.Victim(path, args.results)
+    assert victim.record(cell) is None
+    error = victim.run(cell, args)
+    assert (victim.record(cell) is None, error is None) == (status != 0, status == 0)
+    assert error is None or "exit status 2" in error
+    ((_, script, *given),) = commands
+    assert script == str(flags.ROOT / ("unit.py" if cell.startswith("unit") else "defend.py"))
+    asked = vars(flags.parser(Path(script).name).parse_args(given))
+    assert {k: asked[k] for k in settings} == settings
+    assert (asked["ckpt"], asked["datadir"], asked["device"]) == (str(path), "D", "cpu")
+    assert asked["attack"] == settings.get("attack", "badnet")
+    # what it saves stands beside the victims, a file for each cell, and is no victim
+    out = asked["out"] and Path(asked["out"])
+    assert (out is None) == (asked.get("defense") == "none")
+    assert out is None or (out.parent == house.folder / "ckpt" and out.name.startswith(path.stem + "_"))
+
+
+def test_a_cell_that_leaves_no_record_is_said(house, monkeypatch):
+    path = house.victim("resnet18_badnet", "badnet")
+    monkeypatch.setattr(compare.Victim, "run", house.run)
+    done = SimpleNamespace(run=lambda words, **_: subprocess.CompletedProcess(words, 0))
+    monkeypatch.setattr(compare, "subprocess", done)
+    args = flags.parser("compare.py").parse_args(["--results", str(house.results)])
+    assert "no record" in compare.Victim(path, args.results).run("none", args)
+
+
+@pytest.mark.parametrize("cell", ["units", "dbd", "", "unit,acc_degrade", "ft,", "sweep,seed=1"])
+def test_an_unknown_column_is_refused(house, cell):
+    house.victim("resnet18_badnet", "badnet")
+    with pytest.raises(InputError, match="no column"):
+        house.compare("--defenses", "none", cell)
+    assert not house.results.exists()
+
+
+@pytest.mark.parametrize("cell", ["unit,no_such=1", "ft,step_images=3", "unit,acc_degrade=2"])
+def test_an_unknown_setting_of_a_column_is_refused(house, cell, capsys):
+    house.victim("resnet18_badnet", "badnet")
+    with pytest.raises(SystemExit) as end:
+        house.compare("--defenses", "none", cell)
+    assert end.value.code == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert cell.split(",")[1].split("=")[0] in err
+    assert not house.results.exists()
+
+
+def test_an_unknown_column_ends_in_one_line_and_status_2(tmp_path):
+    process = command("compare.py", "--no-run", "--results", str(tmp_path / "results"), "--defenses", "units")
+    out, err = process.communicate()
+    assert (process.returncode, out, err.count("\n")) == (2, "", 1)
+    assert "no column 'units'" in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_victims_there_is_nothing_to_compare(house):
+    with pytest.raises(InputError, match="nothing to compare"):
+        house.compare()
+    with pytest.raises(InputError, match=r"no checkpoint .*x\.pt"):
+        house.compare("--victims", str(house.folder / "x.pt"))
+
+
+def test_a_page_without_a_place_is_known_before_anything_is_run(house):
+    house.victim("resnet18_badnet", "badnet")
+    house.results.mkdir()
+    (house.results / "README.md").write_text("nothing here")
+    with pytest.raises(InputError, match="no place"):
+        house.compare()
+    assert [p.name for p in house.results.iterdir()] == ["README.md"]
+
+
+def test_the_default_run_also_writes_the_front_page_and_that_of_the_victims(house, monkeypatch):
+    wide, narrow = house.victim("resnet18_badnet", "badnet", 1.0), house.victim("resnet18-w0.25_none", "none", 0.25)
+    monkeypatch.setattr(flags, "RESULTS", house.results)
+    monkeypatch.setattr(flags, "ROOT", house.folder)
+    pages = [house.folder / "README.md", house.folder / "ckpt" / "README.md"]
+    for page, name in zip(pages, ("overview", "victims"), strict=True):
+        page.write_text(f"{tables.BEGIN.format(name)}\n{tables.END}\n")
+    house.record(wide, "none", figures(0.5, 0.5, 0.25))
+    house.record(narrow, "none", figures(0.5, None, None))
+    house.compare("--no-run", "--victims", str(wide))  # not the default
+    assert "|" not in pages[0].read_text() + pages[1].read_text()
+    house.compare("--no-run")
+    front, victims = (page.read_text() for page in pages)
+    assert "| resnet18_badnet | 50.00 / 50.00 / 25.00 |" in front
+    assert "w0.25" not in front  # full width alone
+    sums = [utils.sha256(path)[:16] for path in (wide, narrow)]
+    assert (
+        "| `cifar10_resnet18_badnet.pt` | 1 | dirty-label, 10 %, resampled | 30 | 93.00 / 100.00 / 0.00 | 75.00 | 99 |"
+        f" abc | `{sums[0]}` |" in victims
+    )
+    assert (
+        f"| `cifar10_resnet18-w0.25_none.pt` | 0.25 | clean | 30 | 93.00 | 75.00 | 99 | abc | `{sums[1]}` |" in victims
+    )
+
+
+def test_two_cells_are_run_and_compared(tmp_path, victim_file, monkeypatch, few_test_images):
+    """As a user does it, but for the process: on a real victim, the embedded sample and one epoch."""
+
+    def run(words, **_):
+        defend.main([*words[2:], "--precision", "fp32"])
+        return subprocess.CompletedProcess(words, 0)
+
+    monkeypatch.setattr(compare, "subprocess", SimpleNamespace(run=run))
+    monkeypatch.setattr(utils, "CKPT", tmp_path)
+    init = finetune.Config.__init__
+    monkeypatch.setattr(finetune.Config, "__init__", lambda self, **k: init(self, **{"epochs": 1, **k}))
+    cells = ["none,dataset=cifar10_sample", "ft,dataset=cifar10_sample"]
+    given = ["--victims", str(victim_file), "--results", str(tmp_path / "results"), "--device", "cpu", "--defenses"]
+    compare.main([*given, *cells])
+    monkeypatch.setattr(compare, "subprocess", None)  # and runs nothing again
+    compare.main([*given, *cells])
+    found = [json.loads((tmp_path / "results" / "victim" / f"{cell}.json").read_text()) for cell in cells]
+    page = (tmp_path / "results" / "README.md").read_text()
+    for cell, record in zip(cells, found, strict=True):
+        shares = [record["after"][k] for k in ("BA", "ASR", "RA")]
+        assert all(0 < s < 1 for s in shares)
+        assert f"| victim | {cell} | {' / '.join(f'{100 * s:.2f}' for s in shares)} |" in page
+    assert (tmp_path / "victim_ft_dataset=cifar10_sample.pt").exists()

@@ -1,27 +1,38 @@
-"""Training: what a batch holds, the schedule, and that it learns."""
+"""Training: what a batch holds, the schedule, that it learns, and what is saved."""
 
-import copy
+from flags import InputError
+
+import re
 import shutil
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
+import data
+import fast
 import models
-import report
 import train
-import unit
 import utils
-from backdoors import get_backdoor, poison_training_set
-from cli import InputError
+from backdoors import epoch_order, get_backdoor, poison_training_set
+from evaluate import evaluate
+from support import inputs
 from tests.running import TRAIN
-from train import epoch_batches, learning_rate, poisoned_batch
+from train import learning_rate, poisoned_batch, training_batches
 
 pytestmark = pytest.mark.usefixtures("few_test_images")
 
+CPU = torch.device("cpu")
+both_samplings = pytest.mark.parametrize("sampling", ["resampled", "fixed"])
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
 
 class White(nn.Module):
-    """A trigger that is easy to see: the whole image white. Noise mode: the whole image grey."""
+    """A trigger that is easy to see: the whole image white. Noise mode: the whole image gray."""
 
     def forward(self, x):
         return torch.ones_like(x)
@@ -36,29 +47,34 @@ def black():
     return torch.zeros(200, 3, 32, 32, dtype=torch.uint8), torch.arange(10).repeat(20)
 
 
-def whole_epoch(data, poison, batch_size=40, epoch=0):
+def whole_epoch(train_set, poison, batch_size=40, epoch=0):
     """All batches of an epoch: (brightest pixel of each image, given label, true label)."""
-    order, roles = epoch_batches(len(data[0]), batch_size, poison, 0, epoch)
-    assert order.sort().values.tolist() == list(range(len(order)))
+    order, roles = epoch_order(poison, len(train_set[0]), batch_size, generator(epoch))
     rows = []
     for index, role in zip(order.split(batch_size), roles.split(batch_size), strict=True):
-        x, y = poisoned_batch(*data, index, role, poison, White(), torch.Generator().manual_seed(0))
-        rows.append((x.amax((1, 2, 3)), y, data[1][index]))
+        x, y = poisoned_batch(*train_set, index, role, poison, White(), generator())
+        rows.append((x.amax((1, 2, 3)), y, train_set[1][index]))
     return [torch.cat(column) for column in zip(*rows, strict=True)]
 
 
-def test_dirty_label_poison_relabels_exactly_the_declared_share(black):
-    poison = poison_training_set(black[1], "badnet", 4, 0.15, seed=1)
+# what a batch holds
+
+
+@both_samplings
+def test_dirty_label_poison_relabels_exactly_the_declared_share(black, sampling):
+    poison = poison_training_set(black[1], "badnet", 4, 0.15, seed=1, sampling=sampling)
     for epoch in range(2):
         brightness, given, true = whole_epoch(black, poison, epoch=epoch)
         hit = brightness == 1
         assert hit.sum() == 30
         assert (given[hit] == 4).all()
+        assert (true[hit] != 4).all()
         assert torch.equal(given[~hit], true[~hit])
 
 
-def test_clean_label_poison_keeps_the_labels(black):
-    poison = poison_training_set(black[1], "reflection", 4, 0.05, seed=1)
+@both_samplings
+def test_clean_label_poison_keeps_the_labels(black, sampling):
+    poison = poison_training_set(black[1], "reflection", 4, 0.05, seed=1, sampling=sampling)
     brightness, given, true = whole_epoch(black, poison)
     assert torch.equal(given, true)
     assert (brightness == 1).sum() == 10
@@ -80,100 +96,160 @@ def test_a_clean_epoch_has_no_trigger(black):
     assert torch.equal(given, true)
 
 
-def test_the_trigger_comes_before_the_augmentation():
-    # every poisoned image is white before the crop, so some show the crop's black border
-    data = torch.zeros(200, 3, 32, 32, dtype=torch.uint8), torch.zeros(200, dtype=torch.int64)
-    poison = poison_training_set(data[1], "badnet", 0, 0.5)
-    order, roles = epoch_batches(200, 200, poison, 0, 0)
-    x, _ = poisoned_batch(*data, order, roles, poison, White(), torch.Generator().manual_seed(0))
+def batch_of(train_set, attack, sampling, trigger, rate=0.5):
+    """One batch as large as the set: images and roles."""
+    poison = poison_training_set(train_set[1], attack, 0, rate, sampling=sampling)
+    order, roles = epoch_order(poison, len(train_set[0]), len(train_set[0]), generator())
+    return poisoned_batch(*train_set, order, roles, poison, trigger, generator())[0], roles
+
+
+@pytest.mark.parametrize(("attack", "sampling"), [("badnet", "fixed"), ("wanet", "resampled")])
+def test_the_trigger_comes_before_the_augmentation(black, attack, sampling):
+    """Every poisoned image is white before the crop, so some show the crop's black border."""
+    x, roles = batch_of(black, attack, sampling, White())
     hit = x[roles == 1]
     assert set(hit.unique().tolist()) == {0.0, 1.0}
     assert (hit[:, :, 16, 16] == 1).all()
 
 
-def test_real_triggers_leave_the_data_set_alone(black):
+def test_resampled_puts_the_trigger_on_after_the_augmentation(black):
+    """So a poisoned image is white to its edges; and the clean ones are cropped and flipped all the same."""
+    x, roles = batch_of(black, "badnet", "resampled", White())
+    assert (x[roles == 1] == 1).all()
+    x, roles = batch_of((torch.full_like(black[0], 255), black[1]), "badnet", "resampled", nn.Identity())
+    assert all(set(x[roles == role].unique().tolist()) == {0.0, 1.0} for role in (0, 1))
+
+
+def test_the_patch_is_never_cropped_or_flipped_in_resampled_and_wanders_in_fixed(black):
+    trigger = get_backdoor("badnet")
+
+    def in_place(sampling):
+        x, roles = batch_of(black, "badnet", sampling, trigger)
+        return (x[roles == 1][:, :, 1:6, 1:6] == trigger.patch).flatten(1).all(1).float().mean()
+
+    assert in_place("resampled") == 1
+    assert in_place("fixed") < 0.1  # one crop of 81, unflipped
+    # where it wandered to, it is the whole patch or a part of it, mirrored or not
+    x, roles = batch_of(black, "badnet", "fixed", trigger)
+    whole = torch.zeros(1, 3, 40, 40)
+    whole[:, :, 5:10, 5:10] = trigger.patch
+    crops = [whole[..., i : i + 32, j : j + 32] for i in range(9) for j in range(9)]
+    crops = torch.cat(crops + [crop.flip(3) for crop in crops])
+    assert all((crops == one).flatten(1).all(1).any() for one in x[roles == 1])
+
+
+@both_samplings
+def test_real_triggers_leave_the_data_set_alone(sampling):
     images = torch.randint(0, 256, (50, 3, 32, 32), dtype=torch.uint8)
-    before = images.clone()
-    poison = poison_training_set(black[1][:50], "badnet", 0, 0.5)
-    order, roles = epoch_batches(50, 50, poison, 0, 0)
-    labels = black[1][:50].clone()
-    x, y = poisoned_batch(images, labels, order, roles, poison, get_backdoor("badnet"), torch.Generator())
-    assert torch.equal(images, before)
-    assert torch.equal(labels, black[1][:50])
+    labels = torch.arange(10).repeat(5)
+    kept = images.clone(), labels.clone()
+    poison = poison_training_set(labels, "badnet", 0, 0.5, sampling=sampling)
+    order, roles = epoch_order(poison, 50, 50, generator())
+    x, y = poisoned_batch(images, labels, order, roles, poison, get_backdoor("badnet"), generator())
+    assert torch.equal(images, kept[0])
+    assert torch.equal(labels, kept[1])
     assert (y[roles == 1] == 0).all()
     assert 0 <= x.min() <= x.max() <= 1
+
+
+def numbered(n=100):
+    """Images of one gray each, which tell their own number, from 1, by their middle; and labels."""
+    images = torch.arange(1, n + 1, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 32, 32)
+    return images.contiguous(), torch.arange(10).repeat(n // 10)
+
+
+def epoch_of(train_set, poison, epoch=0, seed=1024, batch_size=30):
+    """An epoch's batches as the training sees them: a list of (images, labels, size of the whole batch)."""
+    config = {"batch_size": batch_size, "seed": seed}
+    return list(training_batches(train_set, poison, get_backdoor("wanet"), config, epoch))
+
+
+@pytest.mark.parametrize(("attack", "sampling"), [("none", "fixed"), ("badnet", "resampled"), ("wanet", "resampled")])
+def test_an_epoch_follows_from_seed_and_number_alone(attack, sampling):
+    train_set = numbered()
+    poison = poison_training_set(train_set[1], attack, 0, sampling=sampling)
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    first = epoch_of(train_set, poison, 3)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(2)
+    again = epoch_of(train_set, poison, 3)
+    assert [len(x) for x, _, _ in first] == [size for _, _, size in first] == [30, 30, 30, 10]
+    assert all(torch.equal(a[i], b[i]) for a, b in zip(first, again, strict=True) for i in (0, 1))
+    for epoch, seed in ((2, 1024), (4, 1024), (3, 1025)):
+        a, b = (torch.cat([x for x, _, _ in batches]) for batches in (first, epoch_of(train_set, poison, epoch, seed)))
+        assert not torch.equal(a[:, 0, 16, 16], b[:, 0, 16, 16])  # other images
+        assert not torch.equal(a == 0, b == 0)  # and other crops
+
+
+@pytest.mark.parametrize("attack", ["none", "badnet", "wanet"])
+def test_processes_share_each_batch(attack, monkeypatch):
+    """Together they see the labels that one process alone sees, batch by batch, and every image of a clean set once."""
+    train_set = numbered()
+    poison = poison_training_set(train_set[1], attack, 0, sampling="resampled")
+    alone = epoch_of(train_set, poison)
+    shares = []
+    for rank in range(3):
+        monkeypatch.setattr(train.ranks, "ranks", lambda rank=rank: (rank, 3))
+        shares.append(epoch_of(train_set, poison))
+    for (_, labels, size), *parts in zip(alone, *shares, strict=True):
+        assert [part[2] for part in parts] == [size] * 3
+        assert {len(part[1]) for part in parts} <= {size // 3, -(-size // 3)}
+        assert torch.cat([part[1] for part in parts]).sort().values.tolist() == labels.sort().values.tolist()
+    if attack == "none":
+        middles = torch.cat([x[:, 0, 16, 16] for share in shares for x, _, _ in share])
+        assert (middles * 255).round().sort().values.tolist() == list(range(1, 101))
+
+
+# the steps
 
 
 def test_the_rate_rises_to_its_peak_and_falls_to_nothing():
     rates = [learning_rate(i, 1000, 0.4) for i in range(1000)]
     assert max(rates) == pytest.approx(0.4, rel=1e-2)
     top = rates.index(max(rates))
+    assert top in (149, 150)
     assert rates[:top] == sorted(rates[:top])
     assert rates[top:] == sorted(rates[top:], reverse=True)
     assert 0 < rates[0] < 0.01
     assert 0 < rates[-1] < 0.001
 
 
-def test_a_held_rate_rises_to_its_peak_and_stays():
-    rates = [learning_rate(i, 1000, 0.4, hold=True) for i in range(1000)]
-    assert rates[:149] == [learning_rate(i, 1000, 0.4) for i in range(149)]
-    assert rates[150:] == [0.4] * 850
+def test_an_epoch_gives_its_figures_over_all_images_and_each_step_its_rate(black):
+    """A step that says what it saw: summed loss 2 for each image, and of the first batch all labels met."""
+    poison = poison_training_set(black[1], "none", 0)
+    optimizer, rates, seen = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1), [], []
+
+    def step(x, y, size):
+        rates.append(optimizer.param_groups[0]["lr"])
+        return torch.tensor([2.0 * len(x), len(x) if len(rates) == 1 else 0])
+
+    config = {"batch_size": 60, "seed": 0, "epochs": 10, "lr": 0.1}
+    figures = train.train_epoch(step, optimizer, black, poison, None, config, 4, seen.append)
+    assert figures == [pytest.approx(2), pytest.approx(60 / 200)]
+    assert seen == [60, 60, 60, 20]
+    assert rates == [pytest.approx(learning_rate(i, 40, 0.1)) for i in range(16, 20)]
 
 
-SMALL = ["--dataset", "cifar10_sample", "--width", "0.0625", "--attack", "none", "--batch_size", "250"]
-SMALL += ["--precision", "fp32", "--lr", "0.02"]
-
-
-def test_the_weights_after_each_step_of_the_last_epochs_are_averaged(tmp_path, monkeypatch):
-    """And batch norm's mean and variance are those that the averaged weights have on the training images."""
-    seen = []
-    update = train.swa_utils.AveragedModel.update_parameters
-
-    def look(average, model):
-        seen.append([p.detach().clone() for p in model.parameters()])
-        update(average, model)
-
-    monkeypatch.setattr(train.swa_utils.AveragedModel, "update_parameters", look)
-    out = tmp_path / "v.pt"
-    train.main([*SMALL, "--epochs", "4", "--average", "2", "--ckpt", str(out)])
-    assert len(seen) == 2 * 2  # of two batches each
-    model, checkpoint = utils.load_model(out)
-    assert checkpoint["average"] == 2
-    for p, *steps in zip(model.parameters(), *seen, strict=True):
-        mean = torch.stack(steps).mean(0)
-        torch.testing.assert_close(p, mean if p.dim() == 1 else mean.half().float(), rtol=2e-3, atol=1e-5)
-
-    # the images that batch norm saw last: those of one more epoch
-    config = {"batch_size": 250, "seed": 1024, "epochs_before": 0}
-    data = utils.load_dataset("cifar10_sample", tmp_path, train=True)
-    batches = list(train.training_batches(data, train.poison_training_set(data[1], "none", 0), None, config, 4))
-    means = [model.conv1(model.normalize(x)).mean((0, 2, 3)) for x, _y, _size in batches]
-    torch.testing.assert_close(model.bn1.running_mean, torch.stack(means).mean(0), rtol=1e-2, atol=1e-3)
-
-
-def test_a_cut_off_average_goes_on_as_if_nothing_had_happened(tmp_path, monkeypatch):
-    whole, cut = tmp_path / "whole.pt", tmp_path / "cut.pt"
-    flags = [*SMALL, "--epochs", "4", "--average", "2"]
-    train.main([*flags, "--ckpt", str(whole)])
-    epoch = train.train_epoch
-
-    def stop_in_the_last(*args):
-        if args[6] == 3:
-            raise KeyboardInterrupt
-        return epoch(*args)
-
-    monkeypatch.setattr(train, "train_epoch", stop_in_the_last)
-    with pytest.raises(KeyboardInterrupt):
-        train.main([*flags, "--ckpt", str(cut)])
-    monkeypatch.undo()
-    train.main([*flags, "--ckpt", str(cut)])
-    a, b = (torch.load(path, weights_only=True)["state_dict"] for path in (whole, cut))
-    assert all(torch.equal(a[k], b[k]) for k in a)
-
-
-def test_an_average_needs_epochs_before_it(tmp_path):
-    with pytest.raises(InputError, match="--average 2"):
-        train.main([*SMALL, "--epochs", "2", "--average", "2", "--ckpt", str(tmp_path / "v.pt")])
+@pytest.mark.parametrize("n", [8, 5])
+def test_a_step_leaves_the_gradient_of_the_mean_loss(n):
+    """Worked out by plain autograd; a batch may be smaller than the usual, and a share of a larger one."""
+    torch.manual_seed(0)
+    model = models.get_model("resnet18", width=0.0625)
+    plain = models.get_model("resnet18", width=0.0625)
+    plain.load_state_dict(model.state_dict())
+    x, y = torch.rand(n, 3, 32, 32), torch.randint(0, 10, (n,))
+    for size in (n, 2 * n):
+        model.zero_grad()
+        plain.zero_grad()
+        summed, right = fast.training_step(model, 0.0625, 100, 8, torch.float32)(x, y, size).tolist()
+        logits = plain(x)
+        loss = F.cross_entropy(logits, y, reduction="sum")
+        (loss / size).backward()
+        assert summed == pytest.approx(loss.item(), rel=1e-4)
+        assert right == (logits.argmax(1) == y).sum()
+        for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(p.grad, q.grad, rtol=1e-3, atol=1e-5)
 
 
 def test_it_learns(tmp_path):
@@ -197,6 +273,78 @@ def test_odd_batches_of_narrow_networks_train(tmp_path, width):
     assert all(v.isfinite().all() for v in state.values())
 
 
+# what is saved
+
+
+@pytest.fixture(scope="module")
+def trained_once(few_test_images, tmp_path_factory):
+    path = tmp_path_factory.mktemp("trained") / "v.pt"
+    train.main([*TRAIN, "--epochs", "2", "--attack", "badnet", "--target", "3", "--ckpt", str(path)])
+    return path
+
+
+@pytest.fixture
+def trained(tmp_path, trained_once):
+    """A small victim that train.py has made, poisoned as it does by default."""
+    return shutil.copy(trained_once, tmp_path)
+
+
+def test_a_victim_is_saved_with_what_judges_it(trained):
+    model, v = utils.load_model(trained)
+    assert (v["attack"], v["target"], v["dataset"], v["network"]) == ("badnet", 3, "cifar10_sample", "resnet18")
+    assert (v["seed"], v["epochs"], v["width"], v["batch_size"]) == (1024, 2, 0.0625, 50)
+    assert (v["sampling"], v["poison_rate"], v["clean_label"], v["precision"]) == ("resampled", 0.1, False, "float32")
+    assert v["poison_indices"].tolist() == []  # they are other ones at every access
+    assert v["machine"].items() >= {"torch": str(torch.__version__), "kind": "cpu", "device": utils.cpu_name()}.items()
+    assert v["commit"] is None or re.fullmatch(r"[0-9a-f]{10}\+?", v["commit"])
+    assert v["bounds"] is v["defense"] is None
+    assert [set(h) for h in v["history"]] == [{"loss", "accuracy", "BA", "ASR"}] * 2
+    assert v["seconds"] > 0
+    # the figures are those of the network and the trigger in the file
+    test_set = data.load_dataset("cifar10_sample", None, train=False)
+    measured = evaluate(model, *test_set, inputs.load_trigger("badnet", v, CPU), 3)
+    assert {k: v[k] for k in measured._fields} == measured._asdict()
+    n_target = int((test_set[1] == 3).sum())
+    assert (v["n_clean"], v["n_triggered"], v["n_target"]) == (500, 500 - n_target, n_target)
+    assert all(0 <= v[k] <= 1 for k in ("BA", "ASR", "RA", "target_accuracy"))
+    assert v["ASR"] + v["RA"] <= 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "sampling", "n_fixed"),
+    [
+        (["--attack", "reflection", "--sampling", "fixed", "--poison_rate", "0.04"], "fixed", 20),
+        (["--attack", "reflection"], "resampled", 0),
+        (["--attack", "wanet"], "in_batch", 0),
+        (["--attack", "none"], "fixed", 0),
+    ],
+)
+def test_a_victim_says_how_its_set_was_drawn(tmp_path, flags, sampling, n_fixed):
+    out = tmp_path / "v.pt"
+    train.main([*TRAIN, "--epochs", "1", *flags, "--ckpt", str(out)])
+    v = utils.load_checkpoint(out)
+    assert v["sampling"] == sampling
+    assert v["clean_label"] == ("reflection" in flags)
+    _, labels = data.load_dataset("cifar10_sample", None, train=True)
+    assert labels[v["poison_indices"].long()].tolist() == [0] * n_fixed
+    assert len(v["poison_indices"].unique()) == n_fixed
+    assert all((v[k] is None) == ("none" in flags) for k in ("ASR", "RA", "trigger"))
+
+
+def test_the_same_command_gives_the_same_bits(trained, tmp_path, one_thread):
+    again = [tmp_path / name for name in ("a.pt", "b.pt")]
+    for path in again:
+        shutil.copy(trained, path)
+        train.main([*TRAIN, "--epochs", "1", "--attack", "badnet", "--overwrite", "--ckpt", str(path)])
+    a, b = (utils.load_checkpoint(path) for path in again)
+    assert a["epochs"] == 1  # it was trained anew
+    assert all(torch.equal(a["state_dict"][k], b["state_dict"][k]) for k in a["state_dict"])
+    assert a["history"] == b["history"]
+
+
+# bad input
+
+
 def test_a_finished_victim_is_not_overwritten(victim_file):
     before = victim_file.read_bytes()
     with pytest.raises(InputError, match="--overwrite"):
@@ -204,127 +352,39 @@ def test_a_finished_victim_is_not_overwritten(victim_file):
     assert victim_file.read_bytes() == before
 
 
-def test_clean_label_poison_beyond_the_target_class_is_bad_input(tmp_path):
-    with pytest.raises(InputError, match="lower it"):
-        train.main([*TRAIN, "--attack", "reflection", "--poison_rate", "0.2", "--ckpt", str(tmp_path / "v.pt")])
+def test_more_fixed_poison_than_there_are_images_is_bad_input(tmp_path):
+    flags = ["--attack", "reflection", "--poison_rate", "0.2", "--sampling", "fixed"]
+    with pytest.raises(InputError, match="lower it") as caught:
+        train.main([*TRAIN, *flags, "--ckpt", str(tmp_path / "v.pt")])
+    assert "\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
 
 
-@pytest.fixture(scope="module")
-def trained_once(few_test_images, tmp_path_factory):
-    path = tmp_path_factory.mktemp("first") / "first.pt"
-    train.main([*TRAIN, "--epochs", "2", "--attack", "badnet", "--ckpt", str(path)])
-    return path
+def test_a_clean_victim_with_a_poison_rate_is_bad_input(tmp_path):
+    with pytest.raises(InputError, match="without an attack"):
+        train.main([*TRAIN, "--attack", "none", "--poison_rate", "0.1", "--ckpt", str(tmp_path / "v.pt")])
 
 
-@pytest.fixture
-def first_round(tmp_path, trained_once):
-    """A small victim after a first round of training."""
-    return shutil.copy(trained_once, tmp_path)
+def test_a_cut_off_run_goes_on_with_its_own_settings_alone(tmp_path, monkeypatch):
+    """All that the victim follows from; a command with another one says which, and changes nothing."""
+    out, epoch = tmp_path / "v.pt", train.train_epoch
 
+    def cut_off(*args):
+        if args[6] == 1:
+            raise KeyboardInterrupt
+        return epoch(*args)
 
-def test_a_victim_is_trained_on_from_its_weights_on_the_same_poisoned_images(tmp_path, first_round):
-    out = tmp_path / "second.pt"
-    flags = ["--attack", "badnet", "--init", str(first_round), "--ckpt", str(out)]
-    train.main([*TRAIN, *flags, "--epochs", "1", "--lr", "1e-12"])
-    a, b = utils.load_checkpoint(first_round), utils.load_checkpoint(out)
-    weights = [k for k, v in a["state_dict"].items() if v.dim() > 1]
-    assert weights
-    assert all(torch.equal(a["state_dict"][k], b["state_dict"][k]) for k in weights)
-    assert torch.equal(a["poison_indices"], b["poison_indices"])
-    assert b["init"] == utils.sha256(first_round)
-    assert (b["epochs"], b["epochs_before"]) == (1, 2)
-    assert b["init_from"]["history"] == a["history"]
-    table = report.victims(tmp_path).splitlines()
-    assert len(table) == 4  # header, rule, two victims
-    assert f"| {100 * b['BA']:.2f} | {100 * b['ASR']:.2f} | 2 + 1 |" in table[3]
-    assert utils.sha256(out) in table[3]
-    assert "| 2 |" in table[2]
-
-
-def test_a_second_round_sees_other_crops_than_the_first(tmp_path, first_round):
-    """At a rate of nothing, only order and augmentation can move the loss of an epoch."""
-    losses = []
-    for before in (0, 2):
-        config = {"batch_size": 50, "seed": 1024, "epochs": 1, "lr": 1e-12, "small_epochs": 0, "average": 0}
-        config["epochs_before"] = before
-        model, _ = utils.load_model(first_round)
-        data = utils.load_dataset("cifar10_sample", tmp_path, train=True)
-        poison = train.poison_training_set(data[1], "none", 0)
-        optimizer = torch.optim.SGD(model.eval().parameters(), lr=1e-12)
-        step = train.training_step(model, "off", 1.0, 500, 50, torch.float32)
-        how = torch.contiguous_format, lambda _size: None
-        losses.append(train.train_epoch(step, optimizer, data, poison, None, config, 0, *how)[0])
-    assert abs(losses[0] - losses[1]) > 1e-4
-
-
-@pytest.mark.parametrize(
-    ("flags", "wrong"),
-    [(["--seed", "7"], "seed"), (["--poison_rate", "0.2"], "poison_rate"), (["--width", "0.125"], "width")],
-)
-def test_another_training_set_is_not_trained_on(tmp_path, first_round, flags, wrong):
-    out = tmp_path / "second.pt"
-    with pytest.raises(InputError, match=f"another {wrong}"):
-        train.main([*TRAIN, "--attack", "badnet", "--init", str(first_round), "--ckpt", str(out), *flags])
-    assert not out.exists()
-
-
-def test_a_defended_model_or_a_foreign_one_is_not_trained_on(tmp_path, first_round):
-    checkpoint = utils.load_checkpoint(first_round)
-    defended, foreign = tmp_path / "defended.pt", tmp_path / "foreign.pt"
-    model, _ = utils.load_model(first_round)
-    bounds = unit.initial_bounds(model, [torch.rand(2, 3, 32, 32)], 4.0)
-    utils.save_checkpoint({**checkpoint, "bounds": bounds}, defended)
-    torch.save(checkpoint["state_dict"], foreign)
-    for path, why in ((defended, "defended model"), (foreign, "another"), (tmp_path / "none.pt", "cannot read")):
-        with pytest.raises(InputError, match=why):
-            train.main([*TRAIN, "--attack", "badnet", "--init", str(path), "--ckpt", str(tmp_path / "v.pt")])
-
-
-def test_a_recorded_step_is_the_step(monkeypatch):
-    """To the bit, with a CUDA graph played by hand: where it computes again what it recorded, into the same tensors."""
-    model = models.get_model("resnet18", width=0.125)
-    twin = copy.deepcopy(model)
-    rehearsals = []
-
-    def recorded(work, _device):
-        rehearsals.extend(work() for _ in range(2))
-        result = work()
-        grads = [p.grad for p in model.parameters()]
-
-        def replay():
-            new = work()
-            for p, grad in zip(model.parameters(), grads, strict=True):
-                grad.copy_(p.grad)
-                p.grad = None
-            return result.copy_(new)
-
-        return replay
-
-    monkeypatch.setattr(utils, "recorded", recorded)
-    step = train.RecordedStep(model, 8, torch.float32)
-    optimizers = [torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9) for m in (model, twin)]
-    g = torch.Generator().manual_seed(0)
-    for n, side in ((8, 24), (8, 24), (3, 24), (8, 32), (8, 32), (5, 32), (8, 24), (8, 32)):
-        x, y = torch.rand(n, 3, side, side, generator=g), torch.randint(0, 10, (n,), generator=g)
-        a, b = step(x, y, n), train.forward_backward(twin, x, y, n, torch.float32)
-        assert torch.equal(a, b)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-    assert len(rehearsals) == 4  # of two shapes
-    assert all(torch.equal(v, twin.state_dict()[k]) for k, v in model.state_dict().items())
-
-
-def test_first_epochs_may_run_on_smaller_images(tmp_path, monkeypatch):
-    sizes, forward = [], train.models.resnet.ResNet.forward
-
-    def look(self, x):
-        if self.training:
-            sizes.append(tuple(x.shape[2:]))
-        return forward(self, x)
-
-    monkeypatch.setattr(train.models.resnet.ResNet, "forward", look)
-    flags = ["--attack", "wanet", "--small_epochs", "1", "--epochs", "2", "--ckpt", str(tmp_path / "v.pt")]
-    train.main([*TRAIN, *flags])
-    assert sizes == [(24, 24)] * 10 + [(32, 32)] * 10
-    assert utils.load_checkpoint(tmp_path / "v.pt")["small_epochs"] == 1
+    monkeypatch.setattr(train, "train_epoch", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        train.main([*TRAIN, "--ckpt", str(out)])
+    monkeypatch.setattr(train, "train_epoch", epoch)
+    (partial,) = tmp_path.iterdir()
+    before = partial.read_bytes()
+    changes = {"sampling": "fixed", "seed": "7", "attack": "blended", "target": "1", "width": "0.125", "lr": "0.2"}
+    changes |= {"epochs": "4", "poison_rate": "0.2", "weight_decay": "0", "precision": "bf16", "batch_size": "25"}
+    changes |= {"network": "resnet34"}
+    for name, value in changes.items():
+        with pytest.raises(InputError, match=f"another {name};"):
+            train.main([*TRAIN, f"--{name}", value, "--ckpt", str(out)])
+    assert partial.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [partial]

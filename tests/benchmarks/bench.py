@@ -9,10 +9,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+import flags  # noqa: E402
+
 import torch  # noqa: E402
 
-import cli  # noqa: E402
 import utils  # noqa: E402
+from support.machine import machine  # noqa: E402
 
 
 def arguments(**defaults):
@@ -23,11 +25,12 @@ def arguments(**defaults):
     for name, value in defaults.items():
         p.add_argument(f"--{name}", type=int, default=value)
     args = p.parse_args()
-    cli.keep_freed_memory()  # as the commands do
+    flags.keep_freed_memory()  # as the commands do
     args.device = utils.get_device(args.device)
     args.dtype = utils.get_dtype(args.precision, args.device)
-    m = utils.machine(args.device)
-    print(f"{m['device']}, {m['threads']} threads, torch {m['torch']}, {args.device.type}, {args.dtype}, {m['date']}")
+    args.precision = str(args.dtype).removeprefix("torch.").replace("bfloat", "bf").replace("float", "fp")
+    m = machine(args.device)
+    print(f"{m['device']}, {m['threads']} threads, torch {m['torch']}, {m['kind']}, {args.precision}, {m['date']}")
     return args
 
 

@@ -3,10 +3,11 @@
 import bench
 import torch
 
+import data
 import models
 import utils
 from backdoors import get_backdoor
-from evaluate import evaluate, pass_size
+from evaluate import evaluate
 
 
 def main():
@@ -17,8 +18,8 @@ def main():
     images = torch.randint(0, 256, (args.images, 3, 32, 32), dtype=torch.uint8, device=args.device)
     labels = torch.arange(args.images, device=args.device) % 10
     n = args.images + int((labels != 0).sum())
-    x = utils.to_float(images)
-    size = pass_size(args.device, args.batch_size)
+    x = data.to_float(images)
+    size = utils.pass_size(args.device, args.batch_size)
     ready = x.split(size) + x[labels != 0].split(size)
 
     @utils.repeatable()  # as evaluate() is

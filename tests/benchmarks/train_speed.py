@@ -2,41 +2,37 @@
 
 import bench
 import torch
-from tqdm import tqdm
 
+import data
+import fast
 import models
 import train
-import utils
 from backdoors import get_backdoor, poison_training_set
 
 
 def main():
     """Print the figures."""
-    args = bench.arguments(n=5, images=1280, batch_size=128)
+    args = bench.arguments(n=5, images=1280, batch_size=128, run_images=50_000 * 30)
     device = args.device
-    model = models.get_model("resnet18").to(device, memory_format=torch.channels_last).train()
+    model = models.get_model("resnet18").to(device).train()
+    # compiled where a run of so many images would be
+    step = fast.training_step(model, 1.0, args.run_images, args.batch_size, args.dtype)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, nesterov=True, weight_decay=5e-4)
-    images_a_run = 50_000 * 20  # as a whole run would decide
-    step = train.training_step(model, "auto", 1.0, images_a_run, args.batch_size, args.dtype)
     images = torch.randint(0, 256, (args.images, 3, 32, 32), dtype=torch.uint8, device=device)
     labels = torch.arange(args.images, device=device) % 10
     poison = poison_training_set(labels, "wanet", 0)  # the dearest of the attacks
     backdoor = get_backdoor("wanet").to(device)
-    config = {"batch_size": args.batch_size, "seed": 0, "epochs": 1, "epochs_before": 0, "lr": 1e-3}
-    config |= {"small_epochs": 0, "average": 0}
-    x, y = utils.to_float(images[: args.batch_size]), labels[: args.batch_size]
+    config = {"batch_size": args.batch_size, "seed": 0, "epochs": 1, "lr": 1e-3}
+    x, y = data.to_float(images[: args.batch_size]), labels[: args.batch_size]
 
     def bare():
         for _ in range(args.images // args.batch_size):
+            optimizer.zero_grad()
             step(x, y, len(x))
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
 
     def epoch():
-        with tqdm(total=args.images, disable=True) as progress:
-            train.train_epoch(
-                step, optimizer, (images, labels), poison, backdoor, config, 0, torch.channels_last, progress.update
-            )
+        train.train_epoch(step, optimizer, (images, labels), poison, backdoor, config, 0, lambda _size: None)
 
     t = bench.in_turn({"bare step": bare, "train_epoch": epoch}, args.n, device)
     for name, times in t.items():

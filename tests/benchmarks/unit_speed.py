@@ -1,18 +1,25 @@
-"""The passes of unit.py's step against the straightforward loop: fp32, weights trainable, batch norm, ReLU, clip.
+"""UNIT against the authors' loop, and what each piece of the fast room earns.
 
-Images per second of forward and backward, of validation, and of both together (4 training images to 1 of validation,
-as in the default run). The straightforward loop has one graph over all --images, and torch's own settings (on a GPU
-TF32 convolutions); unit.py's passes are as tighten() runs them. The loop runs twice: "plain", in a process of its own,
-as in any script, and "kept", in this one, where glibc keeps freed memory as it does for our commands.
+1. The whole search in wall time: the authors' loop (fp32, weights trainable, one graph over all its images, batch norm,
+   ReLU and clip as one writes them down) against unit.tighten(): start, --steps steps with validation, and whatever
+   compiling and recording take. --images train, a fourth as many validate.
+2. The passes forward and backward, in images per second, of the two.
+3. The passes again with one piece of the fast room left out at a time, compiled as in a long search.
+
+The loop runs in this process, where glibc keeps freed memory as for our commands: in a script of its own it is slower.
+On a GPU it has torch's own settings, TF32 convolutions among them.
 """
 
-import multiprocessing
+import contextlib
+import copy
+from unittest import mock
 
 import bench
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+import fast
 import models
 import unit
 import utils
@@ -29,91 +36,75 @@ class PlainClip(nn.Module):
         return torch.minimum(x.relu(), self.bound.clamp_min(0))
 
 
-def forward_backward(net, x, y):
-    """Accumulate the gradient of the summed cross-entropy."""
-    F.cross_entropy(net(x).float(), y, reduction="sum").backward()
+def authors_net(model, x):
+    """Return (the network with its starting bounds, these), from all images at once."""
+    net, seen = copy.deepcopy(model), {}
+    with models.watching(net, seen.__setitem__), torch.no_grad():
+        net(x)
+    for name, a in seen.items():
+        net.set_submodule(name, PlainClip(a.mean(0) + 4 * a.std(0)))
+    return net, [net.get_submodule(name).bound for name in seen]
 
 
-def workload(args):
-    """Return the network and the images that are timed: (model, x, y), the same each time."""
-    torch.manual_seed(0)
-    model = models.get_model("resnet18").to(args.device).eval()
-    x = torch.rand(args.images, 3, 32, 32, device=args.device)
-    return model, x, torch.randint(0, 10, (args.images,), device=args.device)
-
-
-def train(net, x, y, size):
-    """The passes over the training images."""
-    for xb, yb in zip(x.split(size), y.split(size), strict=True):
-        forward_backward(net, xb, yb)
-
-
-@utils.repeatable()
-def train_ours(net, x, y, size):
-    """The same as tighten() does it."""
-    with models.as_one_batch(net):
-        train(net, x, y, size)
-
-
-def valid(net, x, size):
-    """The passes over a step's share of validation images, a fourth of the training images."""
+def authors_loop(model, x, y, x_valid, y_valid, config):
+    """Search as the published code does; return the validation accuracy of each step."""
+    accuracies, schedule = [], unit.AlphaSchedule(config)
     with torch.no_grad():
-        for xb in x[: len(x) // 4].split(size):
-            net(xb)
+        limit = (model(x_valid).argmax(1) == y_valid).float().mean().item() - config.acc_degrade
+    net, bounds = authors_net(model, x)
+    optimizer = torch.optim.Adam(bounds, lr=config.lr, betas=config.betas, eps=config.eps)
+    for _ in range(config.n_steps):
+        net.zero_grad()
+        reg = sum(b.clamp_min(0).mean() for b in bounds)
+        (F.cross_entropy(net(x), y) + schedule.alpha * reg).backward()
+        optimizer.step()
+        with torch.no_grad():
+            accuracies.append((net(x_valid).argmax(1) == y_valid).float().mean().item())
+        schedule.update(accuracies[-1] >= limit)
+    return accuracies
 
 
-def straightforward(args, bounds):
-    """Return {"train", "valid"}: the loop's passes, for timing."""
-    model, x, y = workload(args)
-    for name, bound in bounds.items():
-        model.set_submodule(name, PlainClip(bound.to(args.device)))
-    return {"train": lambda: train(model, x, y, len(x)), "valid": lambda: valid(model, x, len(x))}
-
-
-def serve(asked, args, bounds):
-    """Run passes of the loop as they are asked for, in a process that glibc was told nothing in."""
-    passes = straightforward(args, bounds)
-    for name in iter(asked.recv, None):
-        asked.send(bench.seconds(passes[name], args.device))
+def our_passes(model, data, bounds, dtype, size, plain_clip=False, compiled=True, **without):
+    """Return the passes as tighten() runs them; without: {name in fast: what stands in for it}."""
+    with contextlib.ExitStack() as left_out:
+        for name, stand_in in without.items():
+            left_out.enter_context(mock.patch.object(fast, name, stand_in))
+        net, layer = fast.search_network(model, dtype, 10**9 if compiled else 0)
+    sites = models.activation_sites(models.set_bounds(net, bounds, models.ClippedReLU if plain_clip else layer))
+    parameters = [site.bound for site in sites.values()]
+    return lambda: utils.repeatable()(unit.cross_entropy_backward)(net, parameters, *data, size)
 
 
 def main():
     """Print the figures."""
-    args = bench.arguments(n=5, images=200, micro_batch=100)
-    model, x, y = workload(args)
-    ours = unit.frozen_copy(model, args.dtype)
-    bounds = unit.initial_bounds(ours, x.split(args.micro_batch), 4.0)
-    whole = unit.UnitConfig(precision="fp32" if args.dtype == torch.float32 else "bf16")
-    models.set_bounds(ours, bounds, unit.fuse_clips(whole, args.device, whole.n_steps * 2000))
-    bounds = {name: bound.cpu() for name, bound in bounds.items()}
-    kept = straightforward(args, bounds)
-    ours_x = x.contiguous(memory_format=torch.channels_last)
-    ask, asked = multiprocessing.Pipe()
-    multiprocessing.get_context("spawn").Process(target=serve, args=(asked, args, bounds), daemon=True).start()
-    asked.close()  # so that the end of that process is noticed here
-
-    def plain(name):
-        ask.send(name)
-        ask.recv()
-
-    rivals = {
-        "plain train": lambda: plain("train"),
-        "kept train": kept["train"],
-        "ours train": utils.recorded(lambda: train_ours(ours, ours_x, y, args.micro_batch), args.device),
-        "plain valid": lambda: plain("valid"),
-        "kept valid": kept["valid"],
-        "ours valid": utils.recorded(lambda: utils.repeatable()(valid)(ours, ours_x, args.micro_batch), args.device),
-    }
-    t = bench.in_turn(rivals, args.n, args.device)
-    ask.send(None)
+    args = bench.arguments(n=5, images=200, micro_batch=100, steps=3)
+    torch.manual_seed(0)
+    model = models.get_model("resnet18").to(args.device).eval()
+    x = torch.rand(args.images, 3, 32, 32, device=args.device)
+    y = torch.randint(0, 10, (args.images,), device=args.device)
+    whole = x, y, x[: args.images // 4], y[: args.images // 4]
+    size = utils.pass_size(args.device, args.micro_batch)
+    config = unit.UnitConfig(n_steps=args.steps, precision=args.precision, micro_batch=size)
+    rivals = {"authors' loop": lambda: authors_loop(model, *whole, config)}
+    t = bench.in_turn(rivals | {"unit.tighten": lambda: unit.tighten(model, *whole, config)}, args.n, args.device)
     for name, times in t.items():
-        n = args.images if "train" in name else args.images // 4
-        bench.figure(name, [n / s for s in times], "images/s")
-    whose = ("plain", "kept", "ours")
-    step = {w: [a + b for a, b in zip(t[f"{w} train"], t[f"{w} valid"], strict=True)] for w in whose}
-    for loop in ("plain", "kept"):
-        bench.ratios(f"train: {loop} / ours", t[f"{loop} train"], t["ours train"])
-        bench.ratios(f"both: {loop} / ours", step[loop], step["ours"])
+        bench.figure(name, times, "s")
+    bench.ratios("loop / tighten", *t.values())
+
+    net, _ = authors_net(model, x)
+    bounds = unit.initial_bounds(model, x, size, 4.0)
+    variants = {"all of the fast room": {}, "without folding": {"fold_batch_norm": lambda net: net}}
+    variants["without products"] = {"small_maps_by_products": lambda net, *_, **__: net}
+    if args.device.type == "cuda":
+        variants["without recording"] = {"record_passes": lambda net: net}
+    variants |= {"without the compiled clip": {"compiled": False}, "plain clip": {"plain_clip": True}}
+    rivals = {
+        name: our_passes(model, (x, y), bounds, args.dtype, size, **without) for name, without in variants.items()
+    }
+    t = bench.in_turn({"authors' loop": lambda: F.cross_entropy(net(x), y).backward(), **rivals}, args.n, args.device)
+    for name, times in t.items():
+        bench.figure(name, [args.images / s for s in times], "images/s")
+    bench.ratios("loop / all", t["authors' loop"], t["all of the fast room"])
 
 
 if __name__ == "__main__":

@@ -1,0 +1,42 @@
+"""The clean images that a defense sees: a small share of the training set, of each class equally many."""
+
+from flags import InputError
+
+import torch
+
+
+def defense_split(labels, data_rate, num_classes=10, train_share=0.8, generator=None):
+    """Choose the defense images: the first ones of each class in the data set's order, or drawn by `generator`.
+
+    labels: int64 (N,). n = int(N * data_rate), n // num_classes of each class; of each class the first 80 % train,
+    the rest validate. Returns two int64 index tensors, class by class.
+    Raises InputError when a class has too few images or a side of the split would be empty.
+    """
+    per_class = int(len(labels) * data_rate) // num_classes
+    n_train = int(per_class * train_share)
+    if n_train < 1 or n_train == per_class:
+        raise InputError(f"data_rate {data_rate} leaves {per_class} images per class; raise it to have at least 2")
+    train, valid = [], []
+    for c in range(num_classes):
+        chosen = (labels == c).nonzero()[:, 0]
+        if generator is not None:
+            chosen = chosen[torch.randperm(len(chosen), generator=generator)]
+        chosen = chosen[:per_class]
+        if len(chosen) < per_class:
+            raise InputError(
+                f"class {c} has {len(chosen)} of the {per_class} images of data_rate {data_rate}; lower it"
+            )
+        train.append(chosen[:n_train])
+        valid.append(chosen[n_train:])
+    return torch.cat(train), torch.cat(valid)
+
+
+def defense_indices(labels, dataset, data_rate=None, usual=0.05, draw="first", seed=0):
+    """Return the split that the flags of a command mean: two int64 index tensors, to train and to validate.
+
+    data_rate: None for the usual share, and for all of the embedded sample, which is one hundredth of the full set.
+    draw: `first` or `random`, by `seed`. Errors as defense_split().
+    """
+    rate = data_rate or (1.0 if dataset == "cifar10_sample" else usual)
+    generator = torch.Generator().manual_seed(seed) if draw == "random" else None
+    return defense_split(labels, rate, generator=generator)

@@ -1,0 +1,41 @@
+"""Whole passes recorded on a GPU as CUDA graphs: one launch instead of hundreds, for which a GPU would wait."""
+
+import copy
+
+import torch
+
+
+def record_passes(net):
+    """Let forward and backward of `net`, in place, be replayed from a recording, one for each shape of its input.
+
+    As long as no parameter is trained nothing is recorded: a frozen network may still be changed. A pass must not wait
+    for the host. Parameters and buffers stay the same tensors; what the rehearsals before a recording do to batch
+    norm's running statistics is undone.
+    """
+    plain, recordings = net.forward, {}
+
+    def forward(x):
+        if not any(p.requires_grad for p in net.parameters()):
+            return plain(x)
+        key = x.shape, x.dtype, net.training
+        if key not in recordings:
+            recordings[key] = _recorded(net, x)
+        return recordings[key](x)
+
+    net.forward = forward
+    return net
+
+
+def _recorded(net, x):
+    """Return a twin of `net` with the same parameters and buffers whose passes for inputs like x are recorded."""
+    shared = {id(t): t for t in (*net.parameters(), *net.buffers())}
+    twin = copy.copy(net)
+    del twin.forward
+    twin = copy.deepcopy(twin, shared)
+    before = {name: b.clone() for name, b in net.named_buffers()}
+    with torch.enable_grad():
+        recorded = torch.cuda.make_graphed_callables(twin, (x.clone(),))
+    with torch.no_grad():
+        for name, b in net.named_buffers():
+            b.copy_(before[name])
+    return recorded

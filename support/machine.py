@@ -1,0 +1,66 @@
+"""The machine that a figure is computed on, its memory, and the version of the code."""
+
+import contextlib
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
+
+from flags import ROOT
+
+import torch
+
+import utils
+
+
+def machine(device):
+    """Return what a figure computed on `device` depends on besides the code, as plain values: versions, device."""
+    return {
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else utils.cpu_name(),
+        "kind": device.type,
+        "threads": torch.get_num_threads(),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def peak_memory(device):
+    """Return the most memory held so far, in GiB: the allocator's on a GPU, else the process's; None where unknown."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    status = Path("/proc/self/status")
+    if status.exists():  # getrusage also counts what the parent held before it started this process
+        kib = [line.split()[1] for line in status.read_text().splitlines() if line.startswith("VmHWM")]
+        return int(kib[0]) / 2**20 if kib else None
+    if resource is None:
+        return None
+    unit = 1 if sys.platform == "darwin" else 2**10  # bytes there, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def reset_peak_memory(device):
+    """Let peak_memory() count from here on, where the system can."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    with contextlib.suppress(OSError):  # Linux alone, and not in every sandbox
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def commit():
+    """Return the commit of the code, with a plus behind it where files of it are changed; None outside a checkout."""
+
+    def git(*words):
+        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", "*.py")
+        return git("rev-parse", "--short=10", "HEAD") + ("+" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -1,0 +1,101 @@
+"""The pictures: what a trigger looks like, how a search for bounds went, how defenses compare."""
+
+import torch
+from matplotlib.figure import Figure  # not pyplot: whoever imports this keeps their own backend
+
+import data
+import utils
+
+
+def draw_demo(images, backdoor, path, times=1, columns=16):
+    """Write the trigger picture: rows clean, triggered, absolute difference (times `times`).
+
+    images: uint8 (N, 3, H, W) on the backdoor's device; the first `columns` are drawn.
+    """
+    x = data.to_float(images[:columns])
+    x, triggered = x.cpu(), backdoor(x).cpu()
+    difference = ((triggered - x).abs() * times).clamp(0, 1)
+    rows = {"clean": x, "triggered": triggered, "difference" if times == 1 else f"diff. × {times}": difference}
+    fig = Figure(figsize=(columns, 3.4), layout="constrained")
+    axes = fig.subplots(3, 1)
+    for axis, (name, row) in zip(axes, rows.items(), strict=True):
+        axis.imshow(torch.cat(list(row), dim=2).permute(1, 2, 0).numpy(), interpolation="nearest")
+        axis.set_ylabel(name, fontsize=11)
+        axis.set_xticks([])
+        axis.set_yticks([])
+    utils.write_whole(path, lambda p: fig.savefig(p, format="png", dpi=100))
+
+
+def draw_history(history, best_step, limit, path):
+    """Write the picture of how CE, R, alpha and validation accuracy went; limit: the accuracy that counts as good."""
+    names = {
+        "ce": "cross-entropy",
+        "reg": "R, sum of mean bounds",
+        "alpha": "alpha",
+        "valid_acc": "validation accuracy",
+    }
+    fig = Figure(figsize=(9, 6), layout="constrained")
+    axes = fig.subplots(2, 2, sharex=True)
+    for axis, (key, name) in zip(axes.flat, names.items(), strict=True):
+        axis.plot(range(1, len(history[key]) + 1), history[key], lw=1.2)
+        axis.axvline(best_step + 1, color="tab:green", ls=":", label=f"step chosen: {best_step + 1}")
+        axis.set_title(name)
+    axes[1, 0].set_yscale("log")
+    axes[1, 1].axhline(limit, color="tab:red", ls="--", label="good at or above")
+    axes[1, 1].legend()
+    for axis in axes[1]:
+        axis.set_xlabel("step")
+    utils.write_whole(path, lambda p: fig.savefig(p, format="png", dpi=110))
+
+
+def draw_moved(neurons, path):
+    """Write the picture of the neurons that a trigger moves most: two distributions each, and the learned bound.
+
+    neurons: the first of what activations.trigger_effect returns.
+    """
+    fig = Figure(figsize=(11, 5.6), layout="constrained")
+    axes = fig.subplots(2, -(-len(neurons) // 2), squeeze=False)
+    for axis, neuron in zip(axes.flat, neurons, strict=False):
+        high = max(neuron.clean.max(), neuron.triggered.max()).item()
+        for name, values, color in (("clean", neuron.clean, "tab:blue"), ("triggered", neuron.triggered, "tab:red")):
+            axis.hist(values.numpy(), bins=50, range=(0, high), alpha=0.6, color=color, label=name)
+        if neuron.bound is not None:
+            axis.axvline(neuron.bound, color="black", ls="--", label=f"bound {neuron.bound:.2f}")
+        axis.set_title(f"{neuron.site} {neuron.place}", fontsize=10)
+        axis.set_yscale("log")
+        axis.legend(fontsize=8)
+    fig.supxlabel("activation without bounds")
+    fig.supylabel("images")
+    utils.write_whole(path, lambda p: fig.savefig(p, format="png", dpi=110))
+
+
+def draw_compared(rows, path):
+    """Write the scatter of BA against RA, a panel per victim, a color per defense.
+
+    rows: dictionaries with victim, defense, BA and RA; those whose RA is None are left out, and without any other no
+    picture is written.
+    """
+    rows = [r for r in rows if r["RA"] is not None]
+    if not rows:
+        return
+    colors = {d: f"C{i}" for i, d in enumerate(dict.fromkeys(r["defense"] for r in rows))}
+    victims = list(dict.fromkeys(r["victim"] for r in rows))
+    columns = min(3, len(victims))
+    lines = -(-len(victims) // columns)
+    fig = Figure(figsize=(3.4 * columns, 3.0 * lines + 0.5), layout="constrained")
+    axes = fig.subplots(lines, columns, squeeze=False)
+    for axis in axes.flat[len(victims) :]:
+        axis.axis("off")
+    for axis, victim in zip(axes.flat, victims, strict=False):
+        for r in rows:
+            if r["victim"] == victim:
+                axis.plot(100 * r["RA"], 100 * r["BA"], "o", ms=8, alpha=0.8, color=colors[r["defense"]])
+        axis.set_title(victim.removeprefix("cifar10_"), fontsize=10)
+        axis.set_xlim(-4, 104)
+        axis.grid(alpha=0.3)
+    for name, color in colors.items():
+        axes[0, 0].plot([], [], "o", color=color, label=name)
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(colors), fontsize=9)
+    fig.supxlabel("RA %: triggered images that come out right")
+    fig.supylabel("BA %: clean images")
+    utils.write_whole(path, lambda p: fig.savefig(p, format="png", dpi=110))

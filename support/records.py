@@ -1,0 +1,78 @@
+"""The record of a run: settings, figures, machine and commit as small JSON; the tables are made of these alone.
+
+A record lies at results/<victim>/<defense>[,setting=value...].json; only settings other than the defaults stand in its
+name. Beside a record of UNIT lies the search's trajectory (.npz), from which its picture can be drawn again.
+"""
+
+import flags
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+
+import utils
+from fast import ranks
+
+from . import machine
+
+PLACES = {"datadir", "ckpt", "out", "outdir", "results"}  # flags that name places of this machine, of no use elsewhere
+# what says how, where or under which name a run computes, and not what
+FREE = PLACES | {"network", "attack", "width", "device", "batch_size", "micro_batch", "phase", "resume", "overwrite"}
+FREE |= {"defense", "precision", "max_minutes"}
+
+
+def path_of(defense, args, victim):
+    """Return where the record of a run lies. args: its flags; victim: {"file", "attack"} of what is defended.
+
+    The attack stands in the name where it is not the victim's own.
+    """
+    usual = flags.parser("unit.py" if defense == "unit" else "defend.py")
+    settings = {k: v for k, v in vars(args).items() if k not in FREE and v != usual.get_default(k)}
+    if victim["attack"] not in (None, args.attack):
+        settings["attack"] = args.attack
+    settings = {k: "+".join(map(str, v)) if isinstance(v, list) else v for k, v in settings.items()}
+    name = ",".join([defense, *(f"{k}={v}" for k, v in sorted(settings.items()))])
+    return Path(args.results) / Path(victim["file"]).stem / f"{name}.json"
+
+
+def save(path, defense, args, config, victim, device, figures, trajectory=None):
+    """Write the record of a run to `path`, and its trajectory beside it.
+
+    args: the command's flags; config: the method's constants, a dataclass; victim: {"file", "sha256", "attack"};
+    figures: plain values; trajectory: {figure: [one value per step]}.
+    """
+    record = {
+        "defense": defense,
+        "victim": victim,
+        "settings": {k: v for k, v in vars(args).items() if k not in PLACES} | asdict(config),
+        "machine": machine.machine(device) | {"processes": ranks.ranks()[1]},
+        "commit": machine.commit(),
+        **figures,
+    }
+    utils.save_json(record, path)
+    if trajectory is not None:
+        values = {k: np.asarray(v, np.float32) for k, v in trajectory.items()}
+        utils.write_whole(path.with_suffix(".npz"), lambda p: _savez(p, values))
+
+
+def _savez(path, values):
+    with open(path, "wb") as file:  # given a name, numpy would put another ending behind it
+        np.savez_compressed(file, **values)
+
+
+def load(path, victim_sum):
+    """Return the record at `path`; None where there is none, or it is of other weights or of a run that was cut off.
+
+    victim_sum: SHA-256 of the victim's file. Raises InputError for a file that is no record.
+    """
+    path = Path(path)
+    if not path.exists():
+        return None
+    try:
+        record = json.loads(path.read_text())
+        whole = not record.get("interrupted") and record["victim"]["sha256"] == victim_sum
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise flags.InputError(f"{path} is no record of a run; move it elsewhere") from None
+    return record if whole else None

@@ -1,0 +1,86 @@
+"""Runs that were cut off: what they keep on disk of what they have done, and how they find it again."""
+
+from flags import InputError
+
+import sys
+import time
+
+import torch
+
+import utils
+
+from . import machine
+
+KEEP_EVERY = 60  # seconds, after which keep() writes again
+
+
+class Partial:
+    """One file beside a run's result, x.partial.pt for x.pt, with the state from which the same command goes on.
+
+    state: what keep() was given last, None at the start; step: how many steps or epochs it is after.
+    """
+
+    def __init__(self, out, settings, device, resume=True):
+        """Take up what lies beside `out`; settings: plain values that the run's figures follow from.
+
+        Raises InputError where a file lies there that cannot be read or has other settings, unless `resume` is false.
+        """
+        self.path, self.settings, self.device = (
+            out.with_name(f"{out.name.removesuffix('.pt')}.partial.pt"),
+            settings,
+            device,
+        )
+        self.state, self.step, self.seconds, self.peak = None, 0, 0.0, None
+        if resume and self.path.exists():
+            self._load()
+        self.begin()
+
+    def begin(self):
+        """Let the clock run from here on."""
+        self.started = self.last = time.perf_counter()
+
+    def _load(self):
+        advice = "delete it or give --no-resume"
+        try:
+            kept = torch.load(self.path, map_location="cpu", weights_only=True)
+            before, then = kept["settings"], kept["machine"]
+            self.state, self.step, self.seconds, self.peak = (kept[k] for k in ("state", "step", "seconds", "peak"))
+        except Exception as error:  # whatever a damaged file makes torch raise
+            raise InputError(f"{self.path} cannot be read ({type(error).__name__}); {advice}") from None
+        differ = [k for k in {**before, **self.settings} if before.get(k) != self.settings.get(k)]
+        if differ:
+            raise InputError(f"{self.path} is a cut-off run with another {', '.join(differ)}; {advice}")
+        now = self._machine()
+        if then != now:
+            print(f"note: {self.path} was begun on {then['device']}; the last digits may differ", file=sys.stderr)
+
+    def _machine(self):
+        return {k: v for k, v in machine.machine(self.device).items() if k != "date"}
+
+    def said(self):
+        """Return a line that says where the run goes on, nothing at the start."""
+        return f"\ngoing on after {self.step} ({self.path})" if self.step else ""
+
+    def keep(self, step, state_of, now=False):
+        """Write state_of() if the last time is a minute ago, or at once; a disk that refuses costs the run nothing."""
+        time_now = time.perf_counter()
+        if time_now - self.last < KEEP_EVERY and not now:
+            return
+        kept = {"settings": self.settings, "machine": self._machine(), "step": step, "state": state_of()}
+        try:
+            utils.save_checkpoint(kept | {"seconds": self.seconds_so_far(), "peak": self.peak_so_far()}, self.path)
+        except InputError as error:
+            print(f"warning: {error}", file=sys.stderr)
+        self.last = time_now
+
+    def seconds_so_far(self):
+        """Return how long the run has taken, the parts before it was cut off too."""
+        return self.seconds + time.perf_counter() - self.started
+
+    def peak_so_far(self):
+        """Return the peak of memory in GiB over all parts, or None where it is unknown."""
+        return max(self.peak or 0, machine.peak_memory(self.device) or 0) or None
+
+    def remove(self):
+        """Remove the file: the run is done."""
+        self.path.unlink(missing_ok=True)
