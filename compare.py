@@ -15,6 +15,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+import numpy as np
+
 import utils
 from support import plots, records
 from support.tables import markdown, percent, put
@@ -74,7 +76,7 @@ def all_victims(args):
 
 
 def cells_of(victim, victims, defenses):
-    """Return the cells to fill of a victim; of a clean network also what it does on the others' triggers."""
+    """Return the cells of a victim; a clean network is also measured on the others' triggers."""
     cells = list(defenses)
     if victim.attack == "none" and "none" in cells:
         others = [v for v in victims if v.attack != "none" and v.about["width"] == victim.about["width"]]
@@ -151,17 +153,7 @@ def victim_table(victims):
             f"`{v.path.name}`", f"{a['width']:g}", poison, a["epochs"], figures(a), percent(a.get("target_accuracy")),
             f"{a['seconds']:.0f}", a.get("commit") or "–", f"`{v.sum[:16]}`",
         ])  # fmt: skip
-    header = [
-        "file",
-        "width",
-        "poison",
-        "epochs",
-        "BA / ASR / RA in %",
-        "target class %",
-        "seconds",
-        "commit",
-        "sha256",
-    ]
+    header = ["file", "width", "poison", "epochs", "BA / ASR / RA in %", "target class %", "seconds", "commit"]
     return markdown([*header, "sha256"], rows)
 
 
@@ -181,7 +173,14 @@ def write_tables(victims, args):
         for c, name in COLUMNS.items()
         if (r := v.record(c))
     ]
-    plots.draw_compared(compared, Path(args.results) / "pictures" / "compare.png")
+    pictures = Path(args.results) / "pictures"
+    plots.draw_compared(compared, pictures / "compare.png")
+    for v in victims:
+        r, path = v.record("unit"), v.folder / "unit.npz"
+        if r and path.exists():
+            limit = r["initial_acc"] - r["settings"]["acc_degrade"]
+            history = dict(np.load(path))
+            plots.draw_history(history, r["best_step"], limit, pictures / f"search_{v.path.stem}.png")
 
 
 def main(argv=None):

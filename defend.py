@@ -24,7 +24,8 @@ import utils
 from backdoors import poison_training_set
 from defenses import DEFENSES, dbd
 from evaluate import evaluate
-from fast.training import compiled, training_layout
+from fast import training_layout
+from fast.training import compiled
 from support import inputs, machine, records
 from support.resume import Partial
 
@@ -63,7 +64,7 @@ def configure(args):
 
 
 def repair(args, config, model, partial, dtype):
-    """Run the method on `model`; return (Repaired, how many clean images it saw)."""
+    """Run the method on `model`; return (Repaired, number of clean images it saw)."""
     device = next(model.parameters()).device
     x_train, y_train, x_valid, y_valid = inputs.defense_data(args, config.data_rate)
     images, labels = torch.cat((x_train, x_valid)).to(device), torch.cat((y_train, y_valid)).to(device)
@@ -71,13 +72,16 @@ def repair(args, config, model, partial, dtype):
         f"{args.defense}: {len(images):,} clean images, labels{'' if config.uses_labels else ' not'} used", flush=True
     )
     partial.begin()
+    done = partial.step
     total = getattr(config, "epochs", None)  # ulrl ends when it has unlearned enough
     with tqdm(total=total, unit="epoch", initial=partial.step) as progress:
 
         def callback(now, state_of):
+            nonlocal done
+            done += 1
             progress.update()
-            progress.write(f"epoch {progress.n:3d}  " + "  ".join(f"{k} {v:.4f}" for k, v in now.items()))
-            partial.keep(progress.n, state_of)
+            progress.write(f"epoch {done:3d}  " + "  ".join(f"{k} {v:.4f}" for k, v in now.items()))
+            partial.keep(done, state_of)
 
         try:
             repaired = DEFENSES[args.defense].repair(
@@ -159,17 +163,17 @@ def poisoned_set(images, labels, poison, backdoor, batch_size=1000):
 
 
 def train_by_dbd(args, config, device, dtype):
-    """Train a network with DBD on poisoned images, which lie on a disk: fixed, the trigger before augmentation."""
+    """Train a network with DBD on a `fixed` poisoned set: the images lie on a disk with the trigger on them."""
     tag = utils.network_tag(args.network, args.width)
     out = Path(args.out or utils.CKPT / f"{args.dataset}_{tag}_{args.attack}_dbd.pt")
+    if args.attack == "wanet":
+        raise InputError("WaNet poisons each batch while it trains: there is no poisoned set that DBD could be given")
     if out.exists() and not args.overwrite:
         raise InputError(f"{out} exists; --overwrite trains it again, --out writes elsewhere")
     victim = {"file": f"{args.dataset}_{tag}_{args.attack}.pt", "sha256": None, "attack": args.attack}
     record_at = records.path_of("dbd", args, victim)
     for place in (out, record_at):
         utils.check_place(place)
-    if args.attack == "wanet":
-        raise InputError("WaNet poisons each batch while it trains: there is no poisoned set that DBD could be given")
     images, labels = (t.to(device) for t in data.load_dataset(args.dataset, args.datadir, train=True))
     test_set = tuple(t.to(device) for t in data.load_dataset(args.dataset, args.datadir, train=False))
     try:

@@ -33,7 +33,7 @@ from support.watch import Watch
 
 @dataclass(frozen=True)
 class UnitConfig:
-    """The constants of UNIT, the hidden ones too, and how it is computed."""
+    """Settings of the search: the paper's, those that only the authors' code states, and how it is computed."""
 
     lr: float = 1e-3  # of Adam on the bounds
     n_steps: int = 300
@@ -56,17 +56,16 @@ class UnitConfig:
 class UnitResult:
     """What tighten() found.
 
-    bounds: {site: (C, H, W)}, all >= 0, as they were when `best_step` was measured; best_step: the good step of the
-    smallest R, or the last step when none was good (`found_good` says which), counted from 0; history: lists with one
-    value per step: `alpha`, `ce` and `reg` (R) before its update, `valid_acc` after it; bound_mean: {site: mean bound
-    after each step}; initial_acc: accuracy of the unclipped network on the validation images.
+    bounds: {site: (C, H, W)}, all >= 0, after the update of `best_step`.
+    best_step: the good step of the smallest R, counted from 0; the last step when none was good (found_good is False).
+    history: one value per step: `alpha`, `ce` and `reg` (R) before its update, `valid_acc` after it.
+    initial_acc: accuracy of the unclipped network on the validation images.
     """
 
     bounds: dict
     best_step: int
     found_good: bool
     history: dict
-    bound_mean: dict
     initial_acc: float
 
 
@@ -97,7 +96,7 @@ class AlphaSchedule:
 
 
 class Search:
-    """A search under way: the bounds, what moves them, what has been measured, and the best so far.
+    """A search under way: the bounds, their optimizer, alpha, what has been measured, and the best so far.
 
     sites: {site: ClippedReLU} of the network; initial_acc: its accuracy without bounds on the validation images.
     """
@@ -108,7 +107,6 @@ class Search:
         self.optimizer = torch.optim.Adam(self.bounds, lr=config.lr, betas=config.betas, eps=config.eps)
         self.schedule = AlphaSchedule(config)
         self.history = {"alpha": [], "ce": [], "reg": [], "valid_acc": []}
-        self.bound_mean = {name: [] for name in sites}
         self.best = {"reg": math.inf, "step": None, "bounds": None}
 
     @property
@@ -116,51 +114,48 @@ class Search:
         """How many steps are done."""
         return len(self.history["ce"])
 
-    def levels(self):
+    def clip_levels(self):
         """Return {site: c = max(b, 0)}, differentiable in b."""
         return {name: site.clip_level() for name, site in self.sites.items()}
 
     @torch.no_grad()
     def record(self, good, **now):
         """Take what a step gave: alpha, ce, reg and valid_acc; good: whether the last is within the budget."""
-        levels = self.levels()
         if good and now["reg"] < self.best["reg"]:
-            self.best = {"reg": now["reg"], "step": self.step, "bounds": levels}
-        for name, level in levels.items():
-            self.bound_mean[name].append(level.mean().item())
+            self.best = {"reg": now["reg"], "step": self.step, "bounds": self.clip_levels()}
         for key, value in now.items():
             self.history[key].append(value)
 
     def result(self):
         """Return the UnitResult of the steps done, one at least."""
-        found_good = self.best["step"] is not None
-        step, bounds = (self.best["step"], self.best["bounds"]) if found_good else (self.step - 1, self.levels())
+        best, found_good = self.best, self.best["step"] is not None
+        step, bounds = (best["step"], best["bounds"]) if found_good else (self.step - 1, self.clip_levels())
         bounds = {name: level.detach() for name, level in bounds.items()}
-        return UnitResult(bounds, step, found_good, self.history, self.bound_mean, self.initial_acc)
+        return UnitResult(bounds, step, found_good, self.history, self.initial_acc)
 
     def state_dict(self):
-        """Return a copy of what the steps to come follow from, and the result, as tensors and plain values."""
+        """Return a copy of the search's state, tensors and plain values: bounds, optimizer, alpha, history, best."""
         schedule = {k: v for k, v in vars(self.schedule).items() if k != "config"}
         state = {"bounds": [b.detach() for b in self.bounds], "optimizer": self.optimizer.state_dict()}
-        state |= {"schedule": schedule, "history": self.history, "bound_mean": self.bound_mean, "best": self.best}
-        return copy.deepcopy(state)
+        return copy.deepcopy(state | {"schedule": schedule, "history": self.history, "best": self.best})
 
     @torch.no_grad()
     def load_state_dict(self, state):
-        """Go on where the search stood whose state this is; to the same bits, if all else is as it was there."""
+        """Restore a state_dict(). With the same model, images and config the search goes on bit for bit."""
         state = copy.deepcopy(state)
         for bound, value in zip(self.bounds, state["bounds"], strict=True):
             bound.copy_(value)
         self.optimizer.load_state_dict(state["optimizer"])
         vars(self.schedule).update(state["schedule"])
-        self.history, self.bound_mean, self.best = state["history"], state["bound_mean"], state["best"]
+        self.history, self.best = state["history"], state["best"]
 
 
 @utils.repeatable()
 def tighten(model, x_train, y_train, x_valid, y_valid, config=UnitConfig(), callback=None, state=None):
     """Learn a tight upper bound for every neuron's activation; the model itself is left as it is.
 
-    model: a network of this repo; images: uint8 (N, 3, H, W) or float in [0, 1], labels int64 (N,), on any device.
+    model: images in [0, 1] to logits (N, classes), with an nn.ReLU module of its own at each activation; it casts its
+    input to its weights' type. Images: uint8 (N, 3, H, W) or float in [0, 1], labels int64 (N,), on any device.
     callback: called after each step with the Search; the search ends early when it returns true.
     state: a Search's state_dict(), to go on from. Under torchrun the processes share the images.
     Returns a UnitResult; models.set_bounds(model, result.bounds) applies it.
@@ -174,8 +169,8 @@ def tighten(model, x_train, y_train, x_valid, y_valid, config=UnitConfig(), call
         raise ValueError("the network has no nn.ReLU module to clip; give each activation a module of its own")
     device = next(model.parameters()).device
     size = config.micro_batch or utils.pass_size(device, 100)
-    n_images = config.n_steps * (config.step_images or len(y_train))
-    net, layer = fast.search_network(model, utils.get_dtype(config.precision, device), n_images, config.plain)
+    dtype, n_images = utils.get_dtype(config.precision, device), config.n_steps * (config.step_images or len(y_train))
+    net, layer = fast.search_network(model, dtype, n_images, x_train[:2], config.plain)
 
     # the start: b = mean + 4 std of each neuron's unclipped activation
     initial_acc = accuracy(net, x_valid, y_valid, size)
@@ -185,15 +180,16 @@ def tighten(model, x_train, y_train, x_valid, y_valid, config=UnitConfig(), call
         search.load_state_dict(state)
 
     for step in range(search.step, config.n_steps):
-        # L = CE(f_c(x), y) + alpha * R,  c = max(b, 0),  R = sum over sites of mean(c)
+        # L = CE(f_c(x), y) + alpha * R,  c = max(b, 0),  R = sum over sites of mean(c); backward in two parts
         search.optimizer.zero_grad()
-        x, y = step_images(x_train, y_train, config, step)
+        x, y = draw_images(x_train, y_train, config, step)
         ce = cross_entropy_backward(net, search.bounds, x, y, size)
-        alpha, reg = search.schedule.alpha, sum(c.mean() for c in search.levels().values())
+        alpha, reg = search.schedule.alpha, sum(c.mean() for c in search.clip_levels().values())
         (alpha * reg).backward()
         search.optimizer.step()
 
-        # good: the updated bounds cost no more accuracy than acc_degrade; of these the smallest R is the best
+        # good: the updated bounds cost no more accuracy than acc_degrade; the good step of the smallest R (of before
+        # its update, as published) is the best
         valid_acc = accuracy(net, x_valid, y_valid, size)
         good = valid_acc >= initial_acc - config.acc_degrade
         search.record(good, alpha=alpha, ce=ce.item(), reg=reg.item(), valid_acc=valid_acc)
@@ -203,36 +199,19 @@ def tighten(model, x_train, y_train, x_valid, y_valid, config=UnitConfig(), call
     return search.result()
 
 
-@torch.no_grad()
 def initial_bounds(net, x, size, n_sigma):
-    """Return {site: mean + n_sigma * std over the images of its unclipped activation}, std with n - 1 below.
+    """Return {site: mean + n_sigma * std of its unclipped activation over the images}, (C, H, W), std by n - 1.
 
-    x: the training images, run through the network `size` at a time; no activation is kept.
+    x: the training images, run through the network `size` at a time.
     Raises ValueError for a site that a forward pass does not run just once.
     """
-    sums = {name: [0, 0, 0] for name in models.activation_sites(net)}
-
-    def look(name, a):
-        a = (a.cpu() if a.device.type == "mps" else a).double()  # mps has no double precision
-        new = (len(a), a.sum(0), a.square().sum(0)) if sums[name][0] == done else (math.inf, 0, 0)  # a second time
-        sums[name] = [s + t for s, t in zip(sums[name], new, strict=True)]
-
-    done = 0
-    with models.watching(net, look):
-        for x_batch in x.split(size):
-            net(data.to_float(x_batch.to(next(net.parameters()).device)))
-            done += len(x_batch)
-    bounds, n = {}, len(x)
-    for name, (seen, s1, s2) in sums.items():
-        if seen != n:
-            raise ValueError(f"the network does not run {name} just once; give each activation a module of its own")
-        mean, variance = s1 / n, (s2 - s1.square() / n).clamp_min(0) / max(n - 1, 1)
-        bounds[name] = (mean + n_sigma * variance.sqrt()).float()
-    return bounds
+    device = next(net.parameters()).device
+    moments = models.activation_moments(net, (data.to_float(x_batch.to(device)) for x_batch in x.split(size)))
+    return {name: (mean + n_sigma * std).float() for name, (mean, std) in moments.items()}
 
 
-def step_images(x, y, config, step):
-    """Return the training images and labels of a step: all of them, or config.step_images drawn without replacement."""
+def draw_images(x, y, config, step):
+    """Return the training images and labels of a step: all, or config.step_images of them without replacement."""
     if config.step_images is None:
         return x, y
     generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
@@ -253,7 +232,7 @@ def cross_entropy_backward(net, bounds, x, y, size):
 
 @torch.no_grad()
 def accuracy(net, x, y, size):
-    """Return the share of images that `net` classifies as labeled, a float with float32's digits, as published."""
+    """Return the share of images that `net` classifies as labeled, rounded to float32, as published."""
     device = next(net.parameters()).device
     hits = torch.zeros((), dtype=torch.int64, device=device)
     for x_batch, y_batch in ranks.share(x, y, size, device):
@@ -338,12 +317,12 @@ def main(argv=None):
     figures |= {"R": [result.history["reg"][i] for i in (0, result.best_step)]}
     records.save(record_at, "unit", args, config, victim, device, figures, result.history)
     print(f"wrote {out}, {picture}, {record_at}")
+    if watch.why is None:
+        partial.remove()
+        return
+    print("the same command goes on from there")
     if watch.why == "interrupted":
         raise KeyboardInterrupt
-    if watch.why:
-        print("the same command goes on from there")
-    else:
-        partial.remove()
 
 
 if __name__ == "__main__":

@@ -7,7 +7,15 @@ in forward order; then a line in NETWORKS, and its name in flags.NETWORKS.
 
 from functools import partial
 
-from .custom_modules import ClippedReLU, activation_sites, frozen_copy, set_bounds, site_shapes, watching
+from .custom_modules import (
+    ClippedReLU,
+    activation_moments,
+    activation_sites,
+    frozen_copy,
+    set_bounds,
+    site_shapes,
+    watching,
+)
 from .resnet import BasicBlock, Bottleneck, ResNet
 from .safe_pickle import MAX_CLASSES, MAX_WIDTH, describe_state_dict, read_pickle, unwrap
 
@@ -16,6 +24,7 @@ __all__ = [
     "MAX_WIDTH",
     "NETWORKS",
     "ClippedReLU",
+    "activation_moments",
     "activation_sites",
     "describe_state_dict",
     "frozen_copy",

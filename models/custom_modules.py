@@ -9,11 +9,11 @@ from torch import nn
 
 
 class ClippedReLU(nn.Module):
-    """min(ReLU(x), max(b, 0)): the activation clipped at its learned upper bound (the paper's f_c).
+    """min(ReLU(x), max(b, 0)): the activation clipped at its learned upper bound.
 
     bound: the raw b, fp32 (C, H, W), one number per neuron and position, of any sign; infinity means no bound.
     Input and output: (N, C, H, W); after a linear layer (N, F), with b (F,). The result has the input's type.
-    A dead neuron, whose bound is at or below 0, moves no bound: its gradient is 0.
+    A bound at or below 0 gets gradient 0.
     """
 
     def __init__(self, bound):
@@ -44,7 +44,7 @@ def frozen_copy(model, dtype=torch.float32):
 
 
 def activation_sites(model):
-    """Return {site: activation module} in forward order: one after every ReLU, 17 in a ResNet-18.
+    """Return {site: activation module} in forward order: one per ReLU, 17 in a ResNet-18.
 
     A site is named by its module's path. Forward order is the order of registration, which the networks of this
     package keep.
@@ -65,6 +65,36 @@ def watching(model, look):
     finally:
         for handle in handles:
             handle.remove()
+
+
+@torch.no_grad()
+def activation_moments(net, batches):
+    """Return {site: (mean, std)} of each neuron's activation over all images, float64 (C, H, W), std by n - 1.
+
+    batches: images float (n, 3, H, W) in [0, 1], a few at a time; no activation is kept.
+    Raises ValueError for a site that a forward pass does not run just once.
+    """
+    sums, passed, n = dict.fromkeys(activation_sites(net), (0, 0)), set(), 0
+
+    def look(name, a):
+        if name in passed:
+            raise ValueError(f"the network does not run {name} just once; give each activation a module of its own")
+        passed.add(name)
+        a = (a.cpu() if a.device.type == "mps" else a).double()  # mps has no double precision
+        sums[name] = (sums[name][0] + a.sum(0), sums[name][1] + a.square().sum(0))
+
+    with watching(net, look):
+        for x in batches:
+            passed.clear()
+            net(x)
+            if missing := set(sums) - passed:
+                raise ValueError(f"the network does not run {min(missing)} just once; take that module out")
+            n += len(x)
+    moments = {}
+    for name, (s1, s2) in sums.items():
+        variance = (s2 - s1.square() / n).clamp_min(0) / max(n - 1, 1)
+        moments[name] = (s1 / n, variance.sqrt())
+    return moments
 
 
 @torch.no_grad()

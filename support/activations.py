@@ -26,7 +26,7 @@ class SiteEffect(NamedTuple):
     """What a trigger does to one site. Shares are of all activations, those of every neuron on every image."""
 
     site: str
-    distance: float  # from clean to triggered mean of the neuron that is moved farthest, in its clean std
+    distance: float  # largest shift of a neuron's mean by the trigger, in its clean std
     clean_above: float  # share above UNIT's start, the neuron's clean mean + 4 std
     triggered_above: float
     clean_clipped: float | None  # share above the bound; None in a network without bounds
@@ -47,7 +47,9 @@ def trigger_effect(model, images, backdoor, n_neurons=6, batch_size=128):
     images = images.to(next(net.parameters()).device)
 
     farthest, levels = [], {}
-    clean, triggered = (_moments(net, images, trigger, batch_size) for trigger in (None, backdoor))
+    clean, triggered = (
+        models.activation_moments(net, _batches(images, trigger, batch_size)) for trigger in (None, backdoor)
+    )
     for name, (mean, std) in clean.items():
         # a neuron that is all but dead on clean images is no measure of distance
         distance = (triggered[name][0] - mean) / std.clamp_min(0.1 * std.mean())
@@ -111,21 +113,9 @@ def uniform_bounds(model, images, n_sigma, batch_size=128):
     `n_sigma` in a list: what tightening all neurons alike comes to.
     """
     net = models.set_bounds(copy.deepcopy(model).eval(), None)
-    moments = _moments(net, images.to(next(net.parameters()).device), None, batch_size)
+    images = images.to(next(net.parameters()).device)
+    moments = models.activation_moments(net, _batches(images, None, batch_size))
     return [{name: mean + k * std for name, (mean, std) in moments.items()} for k in n_sigma]
-
-
-def _moments(net, images, trigger, batch_size):
-    """Return {site: (mean, std)} of the activations, each (C, H, W)."""
-    sums = {}
-
-    def look(name, a):
-        s1, s2 = sums.get(name, (0, 0))
-        sums[name] = s1 + a.sum(0), s2 + a.square().sum(0)
-
-    _watch(net, images, trigger, batch_size, look)
-    n = len(images)
-    return {k: (s1 / n, (s2 / n - (s1 / n).square()).clamp_min(0).sqrt()) for k, (s1, s2) in sums.items()}
 
 
 def _values(net, images, trigger, batch_size, places, levels):
@@ -140,14 +130,15 @@ def _values(net, images, trigger, batch_size, places, levels):
         if name in places:
             seen[name].append(a[(slice(None), *places[name])].cpu())
 
-    _watch(net, images, trigger, batch_size, look)
+    with models.watching(net, look):
+        for x in _batches(images, trigger, batch_size):
+            net(x)
     shares = {k: (n.cpu().double() / (len(images) * levels[k][0].numel())).tolist() for k, n in over.items()}
     return {k: torch.cat(values) for k, values in seen.items()}, shares
 
 
-def _watch(net, images, trigger, batch_size, look):
-    """Run all images through the network, and call look(site, activations) for every site and batch."""
-    with models.watching(net, look):
-        for x in images.split(batch_size):
-            x = data.to_float(x)
-            net(x if trigger is None else trigger(x))
+def _batches(images, trigger, batch_size):
+    """Yield the images as floats, `batch_size` at a time, triggered if there is a trigger."""
+    for x in images.split(batch_size):
+        x = data.to_float(x)
+        yield x if trigger is None else trigger(x)

@@ -1,7 +1,7 @@
 """The record of a run: settings, figures, machine and commit as small JSON; the tables are made of these alone.
 
 A record lies at results/<victim>/<defense>[,setting=value...].json; only settings other than the defaults stand in its
-name. Beside a record of UNIT lies the search's trajectory (.npz), from which its picture can be drawn again.
+name. Beside a record of UNIT lies the search's trajectory (.npz), from which compare.py draws its picture.
 """
 
 import flags
@@ -18,7 +18,7 @@ from fast import ranks
 from . import machine
 
 PLACES = {"datadir", "ckpt", "out", "outdir", "results"}  # flags that name places of this machine, of no use elsewhere
-# what says how, where or under which name a run computes, and not what
+# flags that have no place in a record's name
 FREE = PLACES | {"network", "attack", "width", "device", "batch_size", "micro_batch", "phase", "resume", "overwrite"}
 FREE |= {"defense", "precision", "max_minutes"}
 
@@ -72,7 +72,8 @@ def load(path, victim_sum):
         return None
     try:
         record = json.loads(path.read_text())
-        whole = not record.get("interrupted") and record["victim"]["sha256"] == victim_sum
+        same = record["victim"]["sha256"] in (victim_sum, None)  # None: DBD has no victim
+        whole = same and not record.get("interrupted")
     except (ValueError, KeyError, TypeError, AttributeError):
         raise flags.InputError(f"{path} is no record of a run; move it elsewhere") from None
     return record if whole else None

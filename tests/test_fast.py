@@ -228,7 +228,7 @@ def step_of(net, layer, x, y, bounds):
 def test_the_fast_network_is_the_plain_one(tiny, defense, dtype, rtol, off):
     x, y = defense[0][::8], defense[1][::8]
     bounds = unit.initial_bounds(tiny, x, 50, 1.0)
-    nets = [fast.search_network(tiny, dtype, 0, plain) for plain in (True, False)]
+    nets = [fast.search_network(tiny, dtype, 0, plain=plain) for plain in (True, False)]
     (plain, fast_) = (step_of(*found, x, y, bounds) for found in nets)
     assert fast_[0] == pytest.approx(plain[0], rel=rtol)
     together = [torch.cat([g.flatten() for g in found[1].values()]) for found in (plain, fast_)]
