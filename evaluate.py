@@ -3,8 +3,8 @@
     python evaluate.py --attack badnet                                                # the victim
     python evaluate.py --attack badnet --ckpt ckpt/cifar10_resnet18_badnet_unit.pt    # after unit.py
 
-prints `BA 93.56 %  ASR 100.00 %  RA 0.00 %  target class 94.20 %` with the counts, and writes demo_{attack}.png: 16
-test images clean, triggered, and the difference between the two.
+prints these three, the target class's own accuracy and the counts, and writes demo_{attack}.png: 16 test images clean,
+triggered, and the difference between the two.
 """
 
 import flags  # first: it answers --help and a wrong flag before torch is imported
@@ -22,10 +22,10 @@ from support import activations, inputs, plots
 class Measured(NamedTuple):
     """What a network does on the test images: shares in [0, 1], and how many images each was measured on.
 
-    BA: benign accuracy, the share of clean images that are right. ASR: attack success rate, the share of triggered
-    images of the other classes that come out as the target. RA: robust accuracy, the share of these same images that
-    come out as what they are; ASR + RA <= 1, the rest goes to third classes. target_accuracy: BA on the target class
-    alone. ASR and RA are None without a backdoor, target_accuracy without an image of that class.
+    BA: benign accuracy, the share of clean images classified correctly. ASR: attack success rate, the share of
+    triggered images of the other classes classified as the target. RA: robust accuracy, the share of the same images
+    classified as their true class; ASR + RA <= 1, the rest goes to third classes. target_accuracy: BA on the target
+    class alone. ASR and RA are None without a backdoor, target_accuracy without an image of that class.
     """
 
     BA: float

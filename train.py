@@ -23,13 +23,13 @@ from support import inputs, machine
 from support.resume import Partial
 
 QUICK = 1000  # test images measured after each epoch; all of them after the last
-# what a victim follows from
+# the settings that determine a victim
 SETTINGS = ("dataset", "network", "attack", "seed", "batch_size", "target", "width", "epochs", "lr", "weight_decay")
 SETTINGS += ("poison_rate", "sampling", "precision")
 
 
 def learning_rate(step, n_steps, peak, warmup=0.15):
-    """Return the rate at `step` of `n_steps`: linear from 0 to `peak` over the first 15 %, then linear to 0."""
+    """Return the rate at `step` of `n_steps`: rising linearly to `peak` over the first 15 %, then falling to 0."""
     rise = warmup * n_steps
     return peak * min((step + 1) / rise, (n_steps - step) / (n_steps - rise))
 

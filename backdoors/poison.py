@@ -2,8 +2,8 @@
 
 A set is drawn in one of three ways, and the victim's checkpoint says which:
 
-- `resampled`, as the group's release trains its victims: at every access a poisoned place draws any image that may be
-  poisoned, a clean place any image of the set, both with replacement; augmentation first, then the trigger.
+- `resampled`, as the group's release trains its victims: in every epoch each poisoned place is filled from the images
+  that may be poisoned, any other place from the whole set, with replacement. Augmentation first, then the trigger.
 - `fixed`, what an attacker can do who only hands over data: the poisoned images are drawn once, and the trigger lies on
   them before augmentation. Every image is seen once an epoch.
 - `in_batch`, WaNet's own: every image once an epoch, the poisoned ones drawn anew, an equal share in every batch; the
@@ -45,9 +45,9 @@ def poison_training_set(labels, attack, target, rate=None, seed=0, sampling="fix
     """Choose how to poison a training set; the draw has a generator of its own, so that nothing else moves it.
 
     labels: int64 (N,); rate: share of the whole set in [0, 1), None for the attack's usual one; sampling: `resampled`
-    or `fixed`. WaNet draws `in_batch` whatever it says, and a set without poison is `fixed`.
+    or `fixed`. WaNet draws `in_batch` regardless, and a set without poison is `fixed`.
     A dirty-label attack poisons images of the other classes (WaNet of all), a clean-label attack those of the target.
-    Returns a Poison; round(rate * N) images of an epoch are poisoned. Raises ValueError for a rate that cannot be, and
+    Returns a Poison; round(rate * N) images of an epoch are poisoned. Raises ValueError for a rate out of range, and
     when fewer images may be poisoned than a `fixed` set asks for.
     """
     labels = labels.cpu()
@@ -105,7 +105,7 @@ def in_batch_roles(poison, n, batch_size, generator):
     wanted, given = {1: poison.rate, 2: poison.noise_rate}, {1: 0, 2: 0}
     for start in range(0, n, batch_size):
         stop = min(start + batch_size, n)
-        # what an earlier batch had no room for is owed by this one; the last may owe to the whole epoch
+        # a later batch makes up for what an earlier one had no room for; the loop below for the rest
         free = start + torch.randperm(stop - start, generator=generator)
         for role, rate in wanted.items():
             chosen, free = free.tensor_split([max(0, round(stop * rate) - given[role])])

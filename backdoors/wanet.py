@@ -74,7 +74,7 @@ class WaNet(nn.Module):
         device; one on the CPU draws alike for every device. (N, 3, H, W) in [0, 1] to the same.
         """
         source = x.device if generator is None else generator.device
-        pinned = x.is_cuda and source.type == "cpu"  # from other memory, so much would wait for what the GPU still does
+        pinned = x.is_cuda and source.type == "cpu"  # a copy from pageable memory would wait for the GPU
         jitter = torch.rand(len(x), self.size, self.size, 2, generator=generator, device=source, pin_memory=pinned)
         jitter = jitter.to(x.device, non_blocking=x.is_cuda) * 2 - 1
         return F.grid_sample(x, (self._grid() + jitter / self.size).clamp(-1, 1), align_corners=True)

@@ -40,7 +40,7 @@ class FastClippedReLU(models.ClippedReLU):
 
 
 class _ReLUClip(torch.autograd.Function):
-    """The clip of x (N, C, H, W) or (N, F) at c, fp32 without the N.
+    """The clip of x (N, C, H, W) or (N, F) at c, fp32 (C, H, W) or (F,).
 
     It works on flat rows (N, features) in the order in which they lie in memory.
     """

@@ -1,4 +1,4 @@
-"""Whole passes recorded on a GPU as CUDA graphs: one launch instead of hundreds, for which a GPU would wait."""
+"""Whole passes recorded on a GPU as CUDA graphs: one launch instead of hundreds."""
 
 import copy
 
@@ -8,9 +8,9 @@ import torch
 def record_passes(net):
     """Let forward and backward of `net`, in place, be replayed from a recording, one for each shape of its input.
 
-    As long as no parameter is trained nothing is recorded: a frozen network may still be changed. A pass must not wait
-    for the host. Parameters and buffers stay the same tensors; what the rehearsals before a recording do to batch
-    norm's running statistics is undone.
+    Nothing is recorded while no parameter requires gradients, so that bounds may still be set. A pass must not
+    synchronize with the host. Parameters and buffers stay the same tensors; what the warm-up passes before a recording
+    do to batch norm's running statistics is undone.
     """
     plain, recordings = net.forward, {}
 

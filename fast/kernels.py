@@ -1,7 +1,7 @@
 """The clip and its gradients on a GPU, each in one pass over memory: kernels in Triton, which comes with torch there.
 
 torch's own operations need two passes forward and six backward, and broadcast a bound over the images at half the
-memory's speed.
+memory bandwidth.
 """
 
 import torch
@@ -38,7 +38,7 @@ def clip_gradients(grad, rows, level, to_rows=True):
     grad, rows = grad.contiguous(), rows.contiguous()
     n, f = rows.shape
     blocks = triton.cdiv(f, COLUMNS)
-    tiles = triton.cdiv(triton.cdiv(n, ROWS), max(1, PROGRAMS // blocks))  # a program's, one after the other
+    tiles = triton.cdiv(triton.cdiv(n, ROWS), max(1, PROGRAMS // blocks))  # per program
     parts = triton.cdiv(n, ROWS * tiles)
     grad_rows = torch.empty_like(grad) if to_rows else None
     sums = torch.empty(parts, f, dtype=torch.float32, device=grad.device)

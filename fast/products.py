@@ -18,7 +18,7 @@ FEWEST = 256  # channels that go in; from there on it was seen to pay
 def small_maps_by_products(model, dtype, in_eval=False):
     """Let the wide convolutions of `model`, in place, go through matrix products where their maps are small.
 
-    dtype: of the products; in_eval: in eval mode, too, where otherwise nothing changes. The parameters stay the same
+    dtype: of the products; in_eval: also in eval mode, where otherwise nothing changes. The parameters stay the same
     objects. Returns the model.
     """
     for parent in list(model.modules()):
@@ -29,7 +29,7 @@ def small_maps_by_products(model, dtype, in_eval=False):
 
 
 def _is_plain(conv):
-    """Return whether what is written here covers `conv`: square, zeros around it, and nothing out of the ordinary."""
+    """Return whether _ConvByProducts supports `conv`: square, zero padding, no groups, no dilation."""
     pairs = (conv.kernel_size, conv.stride, conv.padding)
     square = all(isinstance(pair, tuple) and pair[0] == pair[1] for pair in pairs)
     usual = conv.groups == 1 and conv.dilation == (1, 1) and conv.padding_mode == "zeros"

@@ -1,4 +1,4 @@
-"""Several processes on one run, started by torchrun; without it there is one, and nothing here does a thing."""
+"""Several processes on one run, started by torchrun; without it every function here is a no-op."""
 
 from flags import InputError
 

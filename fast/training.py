@@ -41,7 +41,7 @@ def training_copy(model, dtype):
 def compiled(model, n_images, width):
     """Return `model` compiled for batches of one size where that pays for the minute it takes, else itself.
 
-    n_images: that will pass through it, epochs counted; width: of the network.
+    n_images: that pass through it over all epochs; width: of the network.
     """
     pays = next(model.parameters()).device.type == "cpu" and can_compile() and n_images * width > 200_000
     return torch.compile(model, dynamic=False) if pays else model
@@ -52,7 +52,7 @@ def training_step(model, width, n_images, batch_size, dtype):
 
     The loss is the mean cross-entropy over the whole batch, of which images float (B, 3, H, W) in [0, 1] and labels
     int64 (B,) are this process's share. It returns (summed cross-entropy, number of labels met), fp32 (2,).
-    n_images: that the run trains on; batch_size: over all processes; dtype: computed in.
+    n_images: over all epochs; batch_size: over all processes; dtype: of the network's arithmetic, by autocast.
     """
     in_layout(model, dtype)
     n_ranks = ranks.ranks()[1]

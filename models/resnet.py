@@ -102,4 +102,4 @@ class ResNet(nn.Module):
         x = self.normalize(x).to(self.conv1.weight.dtype)
         out = self.act(self.bn1(self.conv1(x)))
         out = self.layer4(self.layer3(self.layer2(self.layer1(out))))
-        return self.linear(F.avg_pool2d(out, out.shape[2:]).flatten(1))  # of 4x4, or smaller images' 3x3
+        return self.linear(F.avg_pool2d(out, out.shape[2:]).flatten(1))  # global: of 4x4 for 32x32 images

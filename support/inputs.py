@@ -54,7 +54,7 @@ def defense_data(args, usual_rate=0.05):
 
 
 def augmented_defense_data(args):
-    """Return the same with each image passed once through crop and flip, as UNIT takes it."""
+    """Return defense_data(args) with each image passed once through crop and flip, as UNIT takes it."""
     x_train, y_train, x_valid, y_valid = defense_data(args)
     generator = torch.Generator().manual_seed(args.seed)
     return data.augment(x_train, generator), y_train, data.augment(x_valid, generator), y_valid

@@ -20,7 +20,7 @@ import utils
 
 
 def machine(device):
-    """Return what a figure computed on `device` depends on besides the code, as plain values: versions, device."""
+    """Return versions, device and date, as plain values: what a figure depends on besides the code."""
     return {
         "python": platform.python_version(),
         "torch": str(torch.__version__),

@@ -17,11 +17,11 @@ KEEP_EVERY = 60  # seconds, after which keep() writes again
 class Partial:
     """One file beside a run's result, x.partial.pt for x.pt, with the state from which the same command goes on.
 
-    state: what keep() was given last, None at the start; step: how many steps or epochs it is after.
+    state: the last one kept, None at the start; step: the number of steps or epochs done by then.
     """
 
     def __init__(self, out, settings, device, resume=True):
-        """Take up what lies beside `out`; settings: plain values that the run's figures follow from.
+        """Load what lies beside `out`, if anything; settings: plain values that determine the run's figures.
 
         Raises InputError where a file lies there that cannot be read or has other settings, unless `resume` is false.
         """

@@ -14,8 +14,8 @@ from fast import ranks
 class Watch:
     """The callback of unit.tighten() in a command, and the context in which it runs.
 
-    n_steps: of the search; partial: where it is kept (support.resume.Partial); max_minutes: after which it ends, or
-    None; speak: whether this process shows and keeps it. `why` says why a search ended early, None if it did not.
+    n_steps: of the search; partial: where it is kept (support.resume.Partial); max_minutes: time limit, or None; speak:
+    whether this process shows and keeps it. `why` is the reason of an early end, else None.
     """
 
     def __init__(self, n_steps, partial, max_minutes, speak):

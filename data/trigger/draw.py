@@ -43,7 +43,7 @@ def reflection():
 
 
 def rings():
-    """Return a 64x64 RGB picture: bright rings and rays about two centres, a pattern that no photograph has."""
+    """Return a 64x64 RGB picture: bright rings and rays about two centers, a pattern that no photograph has."""
     n = 512
     y, x = np.mgrid[0:n, 0:n] / (n - 1) * 2 - 1
     r1, r2 = np.hypot(x + 0.35, y + 0.25), np.hypot(x - 0.45, y - 0.40)
