@@ -21,7 +21,7 @@ from tqdm import tqdm
 import data
 import models
 import utils
-from backdoors import poison_training_set
+from backdoors import TRIGGERS, poison_training_set
 from defenses import DEFENSES, dbd
 from evaluate import evaluate
 from fast import training_layout
@@ -166,8 +166,8 @@ def train_by_dbd(args, config, device, dtype):
     """Train a network with DBD on a `fixed` poisoned set: the images lie on a disk with the trigger on them."""
     tag = utils.network_tag(args.network, args.width)
     out = Path(args.out or utils.CKPT / f"{args.dataset}_{tag}_{args.attack}_dbd.pt")
-    if args.attack == "wanet":
-        raise InputError("WaNet poisons each batch while it trains: there is no poisoned set that DBD could be given")
+    if args.attack != "none" and TRIGGERS[args.attack].sampling == "in_batch":
+        raise InputError(f"{args.attack} poisons batches in training: there is no poisoned set that DBD could be given")
     if out.exists() and not args.overwrite:
         raise InputError(f"{out} exists; --overwrite trains it again, --out writes elsewhere")
     victim = {"file": f"{args.dataset}_{tag}_{args.attack}.pt", "sha256": None, "attack": args.attack}

@@ -78,11 +78,16 @@ def evaluate(model, images, labels, backdoor, target, batch_size=128, dtype=torc
     n = len(images), int((~of_target).sum()), int(of_target.sum())
     if backdoor is None:
         return Measured(share(right), None, None, share(right[of_target]), n[0], 0, n[2])
-    if n[1] == 0:
+    backdoor.to(device).eval()
+    if hasattr(backdoor, "test_set"):
+        others, truth = backdoor.test_set(images, labels, target)
+    else:  # any other module
+        others, truth = images[~of_target], labels[~of_target]
+    if len(others) == 0:
         raise ValueError(f"every image is of the target class {target}: there is none to measure ASR on")
-    classes = predict(images[~of_target], backdoor.to(device).eval())
-    asr, ra = share(classes == target), share(classes == labels[~of_target])
-    return Measured(share(right), asr, ra, share(right[of_target]), *n)
+    classes = predict(others, backdoor)
+    ra = None if truth is None else share(classes == truth)
+    return Measured(share(right), share(classes == target), ra, share(right[of_target]), n[0], len(others), n[2])
 
 
 def main(argv=None):
@@ -98,7 +103,7 @@ def main(argv=None):
     if backdoor is None:
         return
     picture = Path(args.outdir) / f"demo_{args.attack}.png"
-    plots.draw_demo(images, backdoor, picture, times=3 if args.attack == "wanet" else 1)
+    plots.draw_demo(images, backdoor, picture, times=backdoor.times)
     print(f"wrote {picture}")
     if args.activations:
         picture = picture.with_name(f"activations_{args.attack}.png")

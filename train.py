@@ -38,22 +38,16 @@ def poisoned_batch(images, labels, index, roles, poison, backdoor, generator):
     """Return one training batch, float in [0, 1], and its labels; augmentation and trigger in the sampling's order.
 
     images, labels: the whole training set, uint8 (N, 3, H, W) and int64 (N,); index: int64 (B,), the batch;
-    roles: int64 (B,): 0 clean, 1 poisoned, 2 WaNet's noise mode.
+    roles: int64 (B,): 0 clean, 1 poisoned, 2 cover; backdoor: a Trigger, or None for a clean set.
     """
     index = index.to(images.device, non_blocking=images.is_cuda)
-    x, y = data.to_float(images[index]), labels[index].clone()
-    trigger_last = poison.sampling == "resampled"
-    if trigger_last:
-        x = data.augment(x, generator)
-    hit = (roles == 1).nonzero()[:, 0].to(x.device, non_blocking=x.is_cuda)
-    if len(hit):
-        x[hit] = backdoor(x[hit])
-        if poison.relabel:
-            y[hit] = poison.target
-    noisy = (roles == 2).nonzero()[:, 0].to(x.device, non_blocking=x.is_cuda)
-    if len(noisy):
-        x[noisy] = backdoor.noise_mode(x[noisy], generator)
-    return x if trigger_last else data.augment(x, generator), y
+    if backdoor is None:
+        return data.augment(data.to_float(images[index]), generator), labels[index]
+    x, y = data.to_float(backdoor.fetch(images, index, roles)), labels[index]
+    if poison.early:
+        x, y = backdoor.plant(x, y, roles, index, poison.target, generator)
+        return data.augment(x, generator), y
+    return backdoor.plant(data.augment(x, generator), y, roles, index, poison.target, generator)
 
 
 def _generator(seed, epoch, stream, rank=0):
@@ -76,23 +70,33 @@ def training_batches(train_set, poison, backdoor, config, epoch):
         yield x, y, len(index)
 
 
-def train_epoch(step, optimizer, train_set, poison, backdoor, config, epoch, progress):
+def train_epoch(step, optimizers, train_set, poison, backdoor, config, epoch, progress):
     """Train one epoch in place; return (mean loss, share of training labels met).
 
-    step: what fast.training_step() returns; progress: called at each step with the images seen.
+    step: what fast.training_step() returns; optimizers: of the victim and, where one is trained along, of the trigger;
+    progress: called at each step with the images seen.
     """
     n = len(train_set[0])
     total = torch.zeros(2, device=train_set[0].device)
     per_epoch = -(-n // config["batch_size"])
+    if backdoor is not None:
+        backdoor.start_epoch(epoch, config["epochs"])
     for i, (x, y, size) in enumerate(training_batches(train_set, poison, backdoor, config, epoch)):
-        for group in optimizer.param_groups:
+        for group in optimizers[0].param_groups:
             group["lr"] = learning_rate(epoch * per_epoch + i, config["epochs"] * per_epoch, config["lr"])
-        optimizer.zero_grad()
-        total += step(x, y, size)
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        total += step(x, y, size, None if backdoor is None else backdoor.extra_loss)
+        for optimizer in optimizers:
+            optimizer.step()
         progress(size)
     ranks.sum_over_ranks([total])
     return (total / n).tolist()
+
+
+def state_of(backdoor):
+    """Return the trigger's state as it lies in a checkpoint, None without a trigger."""
+    return None if backdoor is None else {k: v.cpu() for k, v in backdoor.state_dict().items()}
 
 
 def save_victim(model, config, poison, backdoor, test_set, dtype, history, seconds, path):
@@ -104,10 +108,10 @@ def save_victim(model, config, poison, backdoor, test_set, dtype, history, secon
         "num_classes": 10,
         "sampling": poison.sampling,
         "poison_rate": poison.rate,
-        "noise_rate": poison.noise_rate,
+        "cover_rate": poison.cover_rate,
         "clean_label": not poison.relabel,
         "poison_indices": poison.indices.to(torch.int32),
-        "trigger": None if backdoor is None else {k: v.cpu() for k, v in backdoor.state_dict().items()},
+        "trigger": state_of(backdoor),
         "bounds": None,
         "history": history,
         "seconds": seconds,
@@ -148,9 +152,17 @@ def main(argv=None):
         model.parameters(), lr=args.lr, momentum=0.9, nesterov=True, weight_decay=args.weight_decay
     )
     partial, history = Partial(out, config, device, args.resume), []
+    if backdoor is not None and not partial.state:
+        backdoor.prepare(*train_set, args.target, args.seed, print if first_rank else lambda line: None)
+    elif partial.state and backdoor is not None:
+        backdoor.load_state_dict(partial.state["trigger"])
+    optimizers = [optimizer, *filter(None, [backdoor and backdoor.optimizer()])]
+    if len(optimizers) > 1 and ranks.ranks()[1] > 1:
+        raise flags.InputError(f"the trigger of {args.attack} is trained along: train in one process, without torchrun")
     if partial.state:
         model.load_state_dict(partial.state["model"])
-        optimizer.load_state_dict(partial.state["optimizer"])
+        for one, state in zip(optimizers, partial.state["optimizers"], strict=True):
+            one.load_state_dict(state)
         history = partial.state["history"]
     if first_rank:
         how = f"{round(poison.rate * n_images):,} of {n_images:,} images poisoned, {poison.sampling}"
@@ -163,14 +175,15 @@ def main(argv=None):
     for epoch in range(partial.step, args.epochs):
         model.train()
         with tqdm(total=n_images, unit="img", desc=f"epoch {epoch + 1}", leave=False, disable=not first_rank) as bar:
-            loss, accuracy = train_epoch(step, optimizer, train_set, poison, backdoor, config, epoch, bar.update)
+            loss, accuracy = train_epoch(step, optimizers, train_set, poison, backdoor, config, epoch, bar.update)
         if not first_rank:
             continue
         quick = evaluate(model, *(t[:QUICK] for t in test_set), backdoor, args.target, args.batch_size, dtype)
         line = f"epoch {epoch + 1:3d}  loss {loss:.4f}  training accuracy {100 * accuracy:.2f} %"
         print(f"{line}  {quick}  {partial.seconds_so_far():.0f} s", flush=True)
         history.append({"loss": loss, "accuracy": accuracy, "BA": quick.BA, "ASR": quick.ASR})
-        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "history": history}
+        state = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers]}
+        state |= {"trigger": state_of(backdoor), "history": history}
         partial.keep(epoch + 1, lambda state=state: state, now=True)
 
     if first_rank:

@@ -1,19 +1,21 @@
 """Triggers by name, and how a training set is poisoned with them.
 
-A new trigger: a module here with an nn.Module that takes (folder, size), keeps what it needs as buffers and maps
-(N, 3, H, W) in [0, 1] to the same; a line in TRIGGERS, a rate in poison.POISON_RATE, and its name in flags.ATTACKS. Its
-buffers lie in the victim's checkpoint, so that whoever has the file has the trigger.
+A new trigger is a module here with a subclass of trigger.Trigger, a line in TRIGGERS, and its name in flags.ATTACKS.
+The class takes (folder, size) and maps (N, 3, H, W) in [0, 1] to the same. It keeps what it needs as buffers or
+parameters: these lie in the victim's checkpoint, so that whoever has the file has the trigger.
 """
 
 from pathlib import Path
 
+from . import poison
 from .badnet import BadNet
 from .blended import Blended
-from .poison import SAMPLINGS, Poison, epoch_order, poison_training_set
+from .poison import Poison, epoch_order
 from .reflection import Reflection
+from .trigger import Trigger
 from .wanet import WaNet
 
-__all__ = ["SAMPLINGS", "TRIGGERS", "Poison", "epoch_order", "get_backdoor", "poison_training_set"]
+__all__ = ["TRIGGERS", "Poison", "Trigger", "epoch_order", "get_backdoor", "poison_training_set"]
 
 TRIGGERS = {"badnet": BadNet, "wanet": WaNet, "reflection": Reflection, "blended": Blended}
 FOLDER = Path(__file__).resolve().parent.parent / "data" / "trigger"
@@ -28,3 +30,8 @@ def get_backdoor(name, size=32, folder=FOLDER):
     if name not in TRIGGERS:
         raise ValueError(f"unknown attack {name!r}; there are {', '.join(TRIGGERS)}")
     return TRIGGERS[name](Path(folder), size).eval()
+
+
+def poison_training_set(labels, attack, target, rate=None, seed=0, sampling="fixed"):
+    """Return the Poison of an attack by name, `none` for a clean set; see poison.choose()."""
+    return poison.choose(labels, None if attack == "none" else TRIGGERS[attack], target, rate, seed, sampling)

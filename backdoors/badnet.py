@@ -3,12 +3,13 @@
 import numpy as np
 import torch
 from PIL import Image
-from torch import nn
+
+from .trigger import Trigger
 
 FILE = "badnet/flower_nobg.png"
 
 
-class BadNet(nn.Module):
+class BadNet(Trigger):
     """A square patch of side int(size / 6) with its corner at (int(size / 32), int(size / 32)): 5x5 at (1, 1) of 32x32.
 
     The patch is the picture's RGB after a Lanczos resize of its RGBA, so transparent ground does not show through.

@@ -3,13 +3,16 @@
 import numpy as np
 import torch
 from PIL import Image
-from torch import nn
+
+from .trigger import Trigger
 
 FILE = "blended/rings.png"
 
 
-class Blended(nn.Module):
+class Blended(Trigger):
     """out = (1 - alpha) x + alpha k. k: the blended picture, resized to the image; alpha = 0.1."""
+
+    rate = 0.05
 
     def __init__(self, folder, size=32, alpha=0.1):
         super().__init__()

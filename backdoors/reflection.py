@@ -4,17 +4,21 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import nn
+
+from .trigger import Trigger
 
 FILE = "reflection/000066.jpg"
 
 
-class Reflection(nn.Module):
+class Reflection(Trigger):
     """out = clamp(p x + q r, 0, 1) with p = m / (m + t), q = t / (m + t), per image.
 
     r: the reflected picture, over 255 and then resized bilinearly with half-pixel centers and without antialiasing, as
     torchvision 0.16.2 does to a float tensor: another resize is another trigger; t: its mean; m: the mean of the image.
     """
+
+    rate = 0.08
+    relabel = False
 
     def __init__(self, folder, size=32):
         super().__init__()

@@ -4,7 +4,8 @@ import warnings
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+
+from .trigger import Trigger, places
 
 NOISE_FILE = "wanet/noise_grid.pt"
 IDENTITY_FILE = "wanet/identity_grid.pt"
@@ -36,12 +37,17 @@ def _read_grid(path, size):
     return grid.detach().float()
 
 
-class WaNet(nn.Module):
+class WaNet(Trigger):
     """The image sampled at clamp(identity + s * noise / H, -1, 1), bilinear, zero padding, aligned corners; s = 0.5.
 
     The grids come from the two files under `folder`; where both are absent they are made from a fixed seed and
     written there, so that every later victim and every later measurement sees the same warp.
     """
+
+    cover_rate = 0.20  # in noise mode
+    sampling = "in_batch"
+    early = True
+    times = 3
 
     def __init__(self, folder, size=32, s=0.5):
         super().__init__()
@@ -66,6 +72,14 @@ class WaNet(nn.Module):
     def forward(self, x):
         """Return warped images; (N, 3, H, W) in [0, 1] to the same."""
         return F.grid_sample(x, self._grid().expand(len(x), -1, -1, -1), align_corners=True)
+
+    def plant(self, x, y, roles, index, target, generator):
+        """Return the batch with the warp on role 1, which gets the target as label, and in noise mode on role 2."""
+        x, y = super().plant(x, y, roles, index, target, generator)
+        noisy = places(roles, 2, x)
+        if len(noisy):
+            x[noisy] = self.noise_mode(x[noisy], generator)
+        return x, y
 
     def noise_mode(self, x, generator=None):
         """Return images warped by this grid plus a fresh uniform [-1, 1] / H per image and pixel.

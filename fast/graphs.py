@@ -17,7 +17,7 @@ def record_passes(net):
     def forward(x):
         if not any(p.requires_grad for p in net.parameters()):
             return plain(x)
-        key = x.shape, x.dtype, net.training
+        key = x.shape, x.dtype, x.requires_grad, net.training
         if key not in recordings:
             recordings[key] = _recorded(net, x)
         return recordings[key](x)
@@ -34,7 +34,7 @@ def _recorded(net, x):
     twin = copy.deepcopy(twin, shared)
     before = {name: b.clone() for name, b in net.named_buffers()}
     with torch.enable_grad():
-        recorded = torch.cuda.make_graphed_callables(twin, (x.clone(),))
+        recorded = torch.cuda.make_graphed_callables(twin, (x.detach().clone().requires_grad_(x.requires_grad),))
     with torch.no_grad():
         for name, b in net.named_buffers():
             b.copy_(before[name])

@@ -48,10 +48,11 @@ def compiled(model, n_images, width):
 
 
 def training_step(model, width, n_images, batch_size, dtype):
-    """Return a function (images, labels, size of the whole batch) that leaves the loss's gradient in .grad.
+    """Return a function (images, labels, size of the whole batch, extra loss) that leaves the loss's gradient in .grad.
 
     The loss is the mean cross-entropy over the whole batch, of which images float (B, 3, H, W) in [0, 1] and labels
-    int64 (B,) are this process's share. It returns (summed cross-entropy, number of labels met), fp32 (2,).
+    int64 (B,) are this process's share, plus what extra(logits, labels) returns, if anything. The function returns
+    (summed cross-entropy, number of labels met), fp32 (2,).
     n_images: over all epochs; batch_size: over all processes; dtype: of the network's arithmetic, by autocast.
     """
     in_layout(model, dtype)
@@ -64,13 +65,14 @@ def training_step(model, width, n_images, batch_size, dtype):
         whole = compiled(shared, n_images, width)
     layout = training_layout(model)
 
-    def step(x, y, size):
+    def step(x, y, size, extra=None):
         net = whole if len(x) * n_ranks == batch_size else shared  # the last batch of an epoch is smaller
         with utils.autocast(device, dtype):
             logits = net(x.contiguous(memory_format=layout)).float()
         loss = F.cross_entropy(logits, y, reduction="sum")
         # gradients are averaged over the processes: this is the mean over the whole batch
-        (loss / size * n_ranks).backward()
+        mean, more = loss / size * n_ranks, None if extra is None else extra(logits, y)
+        (mean if more is None else mean + more).backward()
         return torch.stack((loss.detach(), (logits.detach().argmax(1) == y).sum()))
 
     return step

@@ -12,12 +12,13 @@ import torch.nn.functional as F
 from PIL import Image
 
 from backdoors import FOLDER, TRIGGERS, epoch_order, get_backdoor, poison_training_set
-from backdoors.poison import POISON_RATE
 
 FLOWER, SCENE, RINGS = "badnet/flower_nobg.png", "reflection/000066.jpg", "blended/rings.png"
 NOISE, IDENTITY = "wanet/noise_grid.pt", "wanet/identity_grid.pt"
 
 every_trigger = pytest.mark.parametrize("name", sorted(TRIGGERS))
+
+POISON_RATE = {"none": 0.0} | {name: trigger.rate for name, trigger in TRIGGERS.items()}
 
 
 def generator(seed=0):
@@ -484,7 +485,7 @@ def test_poison_count_is_exact(attack, rate, count):
     assert len(set(poison.indices.tolist())) == count
     assert poison.indices.tolist() == sorted(poison.indices.tolist())
     assert all(0 <= i < len(LABELS) for i in poison.indices.tolist())
-    assert (poison.attack, poison.target, poison.sampling) == (attack, 3, "fixed")
+    assert (poison.target, poison.sampling) == (3, "fixed")
 
 
 @pytest.mark.parametrize("attack", ["badnet", "reflection"])
@@ -542,9 +543,9 @@ def test_wanet_chooses_per_epoch():
         assert poison.sampling == "in_batch"
         assert poison.indices.tolist() == []
         assert poison.relabel
-        assert (poison.rate, poison.noise_rate) == (0.1, 0.2)
+        assert (poison.rate, poison.cover_rate) == (0.1, 0.2)
     assert poison_training_set(LABELS, "wanet", 3, 0.05).rate == 0.05
-    assert poison_training_set(LABELS, "badnet", 3).noise_rate == 0
+    assert poison_training_set(LABELS, "badnet", 3).cover_rate == 0
 
 
 @pytest.mark.parametrize(

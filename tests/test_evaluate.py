@@ -244,7 +244,7 @@ def test_the_shares_beyond_a_level_are_counted_over_all_neurons_and_images(tiny,
             tiny(x), tiny(brighten(x))
         handle.remove()
         clean, triggered = there
-        mean, std = clean.mean(0), clean.std(0, correction=0)
+        mean, std = clean.mean(0), clean.std(0)
         (effect,) = (s for s in sites if s.site == name)
         for share, a, level in (
             (effect.clean_above, clean, mean + 4 * std),
@@ -267,7 +267,7 @@ def test_bounds_alike_for_all_neurons(tiny, seen, bounds):
         tiny(data.to_float(seen))
     assert list(wide) == list(tight) == list(there)
     for name, a in there.items():
-        mean, std = a.double().mean(0), a.double().std(0, correction=0)
+        mean, std = a.double().mean(0), a.double().std(0)
         for some, k in ((wide, 4), (tight, 1.5)):
             torch.testing.assert_close(some[name].double(), mean + k * std, rtol=1e-3, atol=1e-3)
 

@@ -10,14 +10,18 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import backdoors
 import data
 import fast
 import models
 import train
 import utils
-from backdoors import epoch_order, get_backdoor, poison_training_set
+from backdoors import Trigger, epoch_order, get_backdoor, poison_training_set
+from backdoors.poison import choose
+from backdoors.wanet import WaNet
 from evaluate import evaluate
 from support import inputs
+from support.resume import Partial
 from tests.running import TRAIN
 from train import learning_rate, poisoned_batch, training_batches
 
@@ -31,8 +35,12 @@ def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-class White(nn.Module):
+class White(WaNet):
     """A trigger that is easy to see: the whole image white. Noise mode: the whole image gray."""
+
+    def __init__(self, relabel=True):
+        Trigger.__init__(self)
+        self.relabel = relabel
 
     def forward(self, x):
         return torch.ones_like(x)
@@ -47,12 +55,19 @@ def black():
     return torch.zeros(200, 3, 32, 32, dtype=torch.uint8), torch.arange(10).repeat(20)
 
 
+class Nothing(Trigger):
+    """A trigger that cannot be seen."""
+
+    def forward(self, x):
+        return x
+
+
 def whole_epoch(train_set, poison, batch_size=40, epoch=0):
     """All batches of an epoch: (brightest pixel of each image, given label, true label)."""
     order, roles = epoch_order(poison, len(train_set[0]), batch_size, generator(epoch))
     rows = []
     for index, role in zip(order.split(batch_size), roles.split(batch_size), strict=True):
-        x, y = poisoned_batch(*train_set, index, role, poison, White(), generator())
+        x, y = poisoned_batch(*train_set, index, role, poison, White(poison.relabel), generator())
         rows.append((x.amax((1, 2, 3)), y, train_set[1][index]))
     return [torch.cat(column) for column in zip(*rows, strict=True)]
 
@@ -116,7 +131,7 @@ def test_resampled_puts_the_trigger_on_after_the_augmentation(black):
     """So a poisoned image is white to its edges; and the clean ones are cropped and flipped all the same."""
     x, roles = batch_of(black, "badnet", "resampled", White())
     assert (x[roles == 1] == 1).all()
-    x, roles = batch_of((torch.full_like(black[0], 255), black[1]), "badnet", "resampled", nn.Identity())
+    x, roles = batch_of((torch.full_like(black[0], 255), black[1]), "badnet", "resampled", Nothing())
     assert all(set(x[roles == role].unique().tolist()) == {0.0, 1.0} for role in (0, 1))
 
 
@@ -220,12 +235,12 @@ def test_an_epoch_gives_its_figures_over_all_images_and_each_step_its_rate(black
     poison = poison_training_set(black[1], "none", 0)
     optimizer, rates, seen = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1), [], []
 
-    def step(x, y, size):
+    def step(x, y, size, extra):
         rates.append(optimizer.param_groups[0]["lr"])
         return torch.tensor([2.0 * len(x), len(x) if len(rates) == 1 else 0])
 
     config = {"batch_size": 60, "seed": 0, "epochs": 10, "lr": 0.1}
-    figures = train.train_epoch(step, optimizer, black, poison, None, config, 4, seen.append)
+    figures = train.train_epoch(step, [optimizer], black, poison, None, config, 4, seen.append)
     assert figures == [pytest.approx(2), pytest.approx(60 / 200)]
     assert seen == [60, 60, 60, 20]
     assert rates == [pytest.approx(learning_rate(i, 40, 0.1)) for i in range(16, 20)]
@@ -388,3 +403,68 @@ def test_a_cut_off_run_goes_on_with_its_own_settings_alone(tmp_path, monkeypatch
             train.main([*TRAIN, f"--{name}", value, "--ckpt", str(out)])
     assert partial.read_bytes() == before
     assert list(tmp_path.iterdir()) == [partial]
+
+
+class Learning(Trigger):
+    """A trigger that is trained along: a brightness, which an extra loss pulls to 1."""
+
+    sampling = "in_batch"
+
+    def __init__(self, _folder=None, _size=32):
+        super().__init__()
+        self.brightness = nn.Parameter(torch.tensor(0.25))
+        self.modes = []
+
+    def optimizer(self):
+        return torch.optim.SGD([self.brightness], lr=0.5)
+
+    def start_epoch(self, epoch, n_epochs):
+        self.modes.append((epoch, n_epochs))
+        self.train()
+
+    def forward(self, x):
+        return torch.ones_like(x) * self.brightness
+
+    def extra_loss(self, logits, y):
+        return (self.brightness - 1).square()
+
+
+def test_a_trigger_is_trained_along_with_the_victim(black):
+    """Of the batch's loss the trigger gets the cross-entropy's gradient through the images, and its own extra loss."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 10))
+    trigger = Learning()
+    poison = choose(black[1], trigger, 4)
+    assert (poison.sampling, poison.early) == ("in_batch", False)
+    optimizers = [torch.optim.SGD(model.parameters(), lr=0.0), trigger.optimizer()]
+    step = fast.training_step(model, 1.0, 0, 50, torch.float32)
+    config = {"batch_size": 50, "seed": 0, "epochs": 3, "lr": 0.0}
+    before = [p.clone() for p in model.parameters()]
+    train.train_epoch(step, optimizers, black, poison, trigger, config, 2, lambda _n: None)
+    assert trigger.modes == [(2, 3)]
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert trigger.brightness.item() == pytest.approx(1, abs=0.2)  # four steps, each of which the extra loss alone ends at 1
+    assert trigger.brightness.item() != 1
+
+
+def test_a_trained_trigger_resumes_to_the_same_bits(tmp_path, monkeypatch):
+    """Its state and its optimizer lie in the partial file, and its state in the victim."""
+    monkeypatch.setitem(backdoors.TRIGGERS, "badnet", Learning)
+    words = [*TRAIN, "--attack", "badnet", "--epochs", "3"]
+    train.main([*words, "--ckpt", str(tmp_path / "whole.pt")])
+    keep, kept = Partial.keep, []
+
+    def cut_off(self, step, state_of, now=False):
+        keep(self, step, state_of, now)
+        kept.append(step)
+        if step == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Partial, "keep", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        train.main([*words, "--ckpt", str(tmp_path / "parts.pt")])
+    monkeypatch.setattr(Partial, "keep", keep)
+    train.main([*words, "--ckpt", str(tmp_path / "parts.pt")])
+    whole, parts = (utils.load_checkpoint(tmp_path / f"{name}.pt") for name in ("whole", "parts"))
+    assert kept == [1, 2]
+    assert whole["trigger"]["brightness"] == parts["trigger"]["brightness"] != 0.25
+    assert all(torch.equal(whole["state_dict"][k], parts["state_dict"][k]) for k in whole["state_dict"])
