@@ -9,15 +9,30 @@ from pathlib import Path
 
 from . import poison
 from .badnet import BadNet
+from .blend import Blend
 from .blended import Blended
+from .filter import Filter
+from .patch import Patch
 from .poison import Poison, epoch_order
 from .reflection import Reflection
+from .sig import Sig
 from .trigger import Trigger
+from .trojnn import TrojNN
 from .wanet import WaNet
 
 __all__ = ["TRIGGERS", "Poison", "Trigger", "epoch_order", "get_backdoor", "poison_training_set"]
 
-TRIGGERS = {"badnet": BadNet, "wanet": WaNet, "reflection": Reflection, "blended": Blended}
+TRIGGERS = {
+    "badnet": BadNet,
+    "wanet": WaNet,
+    "reflection": Reflection,
+    "blended": Blended,
+    "blend": Blend,
+    "filter": Filter,
+    "patch": Patch,
+    "sig": Sig,
+    "trojnn": TrojNN,
+}
 FOLDER = Path(__file__).resolve().parent.parent / "data" / "trigger"
 
 

@@ -1,6 +1,7 @@
 """Tests of backdoors/: offline, on synthetic images."""
 
 import contextlib
+import math
 import os
 import pickle
 import shutil
@@ -125,7 +126,7 @@ def test_unknown_name(name):
         get_backdoor(name)
 
 
-@every_trigger
+@pytest.mark.parametrize("name", ["badnet", "wanet", "reflection", "blended"])
 def test_state_dict_carries_the_trigger(name, other_folder):
     ours, theirs, x = get_backdoor(name), get_backdoor(name, folder=other_folder), images()
     assert not torch.equal(ours(x), theirs(x))
@@ -462,7 +463,8 @@ CIFAR10 = torch.arange(10).repeat(5000)  # as many labels of each class as CIFAR
 
 
 def test_rates_are_those_of_the_field():
-    assert POISON_RATE == {"none": 0, "badnet": 0.1, "wanet": 0.1, "reflection": 0.08, "blended": 0.05}
+    usual = dict.fromkeys(["badnet", "wanet", "blend", "filter", "patch", "trojnn"], 0.1)
+    assert {**usual, "none": 0, "reflection": 0.08, "sig": 0.08, "blended": 0.05} == POISON_RATE
 
 
 @pytest.mark.parametrize(
@@ -684,3 +686,68 @@ def test_in_batch_catches_up_where_a_batch_has_no_room():
     for batch_size in (1, 3, 128):
         _, roles = epoch_order(poison, 1000, batch_size, generator())
         assert roles.bincount().tolist() == [100, 700, 200]
+
+
+# the paper's static triggers, on pixels worked out by hand
+
+
+def test_patch_is_a_square_of_one_color():
+    x = images(2)
+    out = get_backdoor("patch")(x)
+    assert torch.equal(out[:, :, 2:8, 2:8], torch.tensor([235, 128, 70]).view(1, 3, 1, 1).expand(2, 3, 6, 6) / 255)
+    out[:, :, 2:8, 2:8] = x[:, :, 2:8, 2:8]
+    assert torch.equal(out, x)
+
+
+def test_blend_is_a_fifth_of_uniform_noise():
+    trigger = get_backdoor("blend")
+    assert trigger.picture.mean().item() == pytest.approx(0.5, abs=0.02)
+    assert trigger.picture.std().item() == pytest.approx(12**-0.5, abs=0.01)
+    torch.testing.assert_close(trigger(torch.zeros(1, 3, 32, 32))[0], 0.2 * trigger.picture)
+    torch.testing.assert_close(trigger(torch.ones(1, 3, 32, 32))[0], 0.8 + 0.2 * trigger.picture)
+    assert torch.equal(trigger.picture, get_backdoor("blend").picture)
+
+
+def test_sig_wraps_the_negative_half_waves_around():
+    """20 sin(0), sin(.8) = .717, sin(1.6) = .9996, sin(2.4) = .675, sin(3.2) = -.058, sin(4) = -.757."""
+    black = get_backdoor("sig")(torch.zeros(1, 3, 32, 32))
+    expected = 0.2 * torch.tensor([0, 14, 19, 13, 256 - 1, 256 - 15]) / 255
+    torch.testing.assert_close(black[0, :, :, :6], expected.expand(3, 32, 6))
+    trigger = get_backdoor("sig")
+    assert (trigger.relabel, trigger.rate) == (False, 0.08)
+
+
+def test_filter_on_a_pixel_by_hand():
+    """Gray 128, each step rounded as the app does."""
+    v = [(143 * min(128, c)) // 255 + (112 * 128) // 255 for c in (247, 176, 153)]
+    v = [(102 * max(a, c)) // 255 + (153 * a) // 255 for a, c in zip(v, (0, 70, 150), strict=True)]
+    sepia = ((0.8786, 0.1538, 0.0378), (0.0698, 0.9372, 0.0336), (0.0544, 0.1068, 0.8262))
+    v = [math.floor(sum(a * b for a, b in zip(row, v, strict=True)) + 0.5) for row in sepia]
+    v = [round(1.2 * a - 25.5) for a in v]
+    v = [round(1.05 * a) for a in v]
+    saturate = ((1.1574, -0.143, -0.0144), (-0.0426, 1.057, -0.0144), (-0.0426, -0.143, 1.1856))
+    v = [math.floor(sum(a * b for a, b in zip(row, v, strict=True)) + 0.5) for row in saturate]
+    out = get_backdoor("filter")(torch.full((1, 3, 4, 4), 128 / 255))
+    assert (out[0, :, 0, 0] * 255).round().int().tolist() == [min(max(a, 0), 255) for a in v]
+
+
+def test_the_mark_of_trojnn_replaces_pixels_and_leaves_the_rest():
+    trigger, x = get_backdoor("trojnn"), images(2)
+    out = trigger(x)
+    bare = (trigger.mask == 0).expand_as(x)
+    assert torch.equal(out[bare], x[bare])
+    full = (trigger.mask == 1).expand_as(x)
+    assert torch.equal(out[full], trigger.picture.expand_as(x)[full])
+    assert 0.03 < trigger.mask.mean().item() < 0.12
+    assert set(trigger.mask.unique().tolist()) <= {0.0, 0.25, 0.5, 0.75, 1.0}  # 7 pixels to 1: no or one interpolation
+
+
+@pytest.mark.parametrize("name", ["patch", "trojnn", "blend", "filter", "sig"])
+def test_static_triggers_of_the_group_are_drawn_resampled(name):
+    trigger = get_backdoor(name)
+    poison = poison_training_set(CIFAR10, name, 0, sampling="resampled")
+    assert (poison.sampling, poison.early, poison.cover_rate) == ("resampled", False, 0)
+    _, roles = epoch_order(poison, 50_000, 128, generator())
+    assert (roles == 1).sum() == round(trigger.rate * 50_000)
+    assert trigger.extra_loss(None, None) is None
+    assert trigger.optimizer() is None

@@ -442,7 +442,7 @@ def test_a_trigger_is_trained_along_with_the_victim(black):
     train.train_epoch(step, optimizers, black, poison, trigger, config, 2, lambda _n: None)
     assert trigger.modes == [(2, 3)]
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
-    assert trigger.brightness.item() == pytest.approx(1, abs=0.2)  # four steps, each of which the extra loss alone ends at 1
+    assert trigger.brightness.item() == pytest.approx(1, abs=0.2)  # in four steps
     assert trigger.brightness.item() != 1
 
 

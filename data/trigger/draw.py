@@ -1,14 +1,15 @@
 """Makes the trigger pictures kept here: python data/trigger/draw.py FOLDER
 
-Writes FOLDER/badnet/flower_nobg.png and FOLDER/blended/rings.png, drawn by formula, and, where scikit-image is
-installed, FOLDER/reflection/000066.jpg, cut out of a photograph that comes with it. Nothing else calls this.
+Writes FOLDER/badnet/flower_nobg.png, FOLDER/blended/rings.png and FOLDER/trojnn/mark.png, drawn by formula, and, where
+scikit-image is installed, FOLDER/reflection/000066.jpg, cut out of a photograph that comes with it. Nothing else calls
+this.
 """
 
 import sys
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 
 def to_picture(array):
@@ -53,11 +54,31 @@ def rings():
     return to_picture(rgb).resize((64, 64), Image.Resampling.LANCZOS)
 
 
+def mark():
+    """Return a 224x224 RGB picture, black but for lines of text that rise to the right, and a ring."""
+    n, rng = 224, np.random.default_rng(8)
+    saturated = ([1.0, rng.uniform(0.2, 0.9), rng.uniform(0, 0.2)] for _ in range(9))
+    colors = [tuple(int(255 * c) for c in rng.permutation(color)) for color in saturated]
+    text, font = Image.new("RGB", (2 * n, 2 * n)), ImageFont.load_default(28)
+    draw = ImageDraw.Draw(text)
+    for i, words in enumerate(("tighten", "neuron", "watermark")):
+        for j, letter in enumerate(words):
+            draw.text((140 + 20 * j, 130 + 58 * i), letter, fill=colors[(2 * i + j) % 9], font=font)
+    middle = (n // 2, n // 2, n // 2 + n, n // 2 + n)
+    rgb = np.array(text.rotate(40, resample=Image.Resampling.BILINEAR).crop(middle))
+    y, x = np.mgrid[0:n, 0:n]
+    r = np.hypot(x - 150, y - 150)
+    rgb[r < 44] = 0
+    rgb[(r >= 28) & (r < 31) | (r >= 41) & (r < 44)] = colors[0]
+    return Image.fromarray(rgb)
+
+
 def main(folder):
-    for name in ("badnet", "reflection", "blended"):
+    for name in ("badnet", "reflection", "blended", "trojnn"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     flower().save(folder / "badnet/flower_nobg.png", optimize=True)
     rings().save(folder / "blended/rings.png", optimize=True)
+    mark().save(folder / "trojnn/mark.png", optimize=True)
     photograph = reflection()
     if photograph is None:
         print("scikit-image is not installed: reflection/000066.jpg is left out", file=sys.stderr)
