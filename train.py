@@ -142,6 +142,7 @@ def main(argv=None):
         poison = poison_training_set(train_set[1], args.attack, args.target, args.poison_rate, args.seed, args.sampling)
     except ValueError as error:
         raise flags.InputError(str(error)) from None
+    torch.manual_seed(args.seed)  # of a trigger that is trained along
     backdoor = inputs.load_trigger(args.attack, {"trigger": None}, device)
 
     torch.manual_seed(args.seed)

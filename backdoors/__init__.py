@@ -11,7 +11,9 @@ from . import poison
 from .badnet import BadNet
 from .blend import Blend
 from .blended import Blended
+from .dynamic import Dynamic
 from .filter import Filter
+from .lira import Lira
 from .patch import Patch
 from .poison import Poison, epoch_order
 from .reflection import Reflection
@@ -28,7 +30,9 @@ TRIGGERS = {
     "reflection": Reflection,
     "blended": Blended,
     "blend": Blend,
+    "dynamic": Dynamic,
     "filter": Filter,
+    "lira": Lira,
     "patch": Patch,
     "sig": Sig,
     "trojnn": TrojNN,

@@ -25,6 +25,11 @@ def load_victim(args, device):
     path = victim_path(args)
     model, checkpoint = utils.load_model(path, device)
     backdoor = load_trigger(args.attack, checkpoint, device)
+    foreign = checkpoint["trigger"] is None or checkpoint["attack"] != args.attack
+    if foreign and backdoor is not None and backdoor.optimizer() is not None:
+        raise InputError(
+            f"the trigger of {args.attack} is trained with its victim, and {path} holds none; give another"
+        )
     for flag in ("attack", "target"):
         trained = checkpoint[flag]
         differs = trained is not None and trained != getattr(args, flag) and args.attack != "none"

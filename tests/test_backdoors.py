@@ -18,6 +18,8 @@ FLOWER, SCENE, RINGS = "badnet/flower_nobg.png", "reflection/000066.jpg", "blend
 NOISE, IDENTITY = "wanet/noise_grid.pt", "wanet/identity_grid.pt"
 
 every_trigger = pytest.mark.parametrize("name", sorted(TRIGGERS))
+TRAINED = ["dynamic", "lira"]
+static_trigger = pytest.mark.parametrize("name", sorted(set(TRIGGERS) - set(TRAINED)))
 
 POISON_RATE = {"none": 0.0} | {name: trigger.rate for name, trigger in TRIGGERS.items()}
 
@@ -94,7 +96,7 @@ def test_batch_equals_image_by_image(name):
     torch.testing.assert_close(trigger(x), one_by_one, rtol=0, atol=1e-6)
 
 
-@every_trigger
+@static_trigger
 def test_trigger_changes_a_copy(name):
     x = images()
     before = x.clone()
@@ -108,7 +110,7 @@ def test_empty_batch(name):
     assert get_backdoor(name)(torch.empty(0, 3, 32, 32)).shape == (0, 3, 32, 32)
 
 
-@every_trigger
+@static_trigger
 def test_trigger_is_a_fixed_module(name):
     trigger = get_backdoor(name)
     assert not trigger.training
@@ -463,7 +465,7 @@ CIFAR10 = torch.arange(10).repeat(5000)  # as many labels of each class as CIFAR
 
 
 def test_rates_are_those_of_the_field():
-    usual = dict.fromkeys(["badnet", "wanet", "blend", "filter", "patch", "trojnn"], 0.1)
+    usual = dict.fromkeys(["badnet", "wanet", "blend", "filter", "patch", "trojnn", *TRAINED], 0.1)
     assert {**usual, "none": 0, "reflection": 0.08, "sig": 0.08, "blended": 0.05} == POISON_RATE
 
 
@@ -751,3 +753,57 @@ def test_static_triggers_of_the_group_are_drawn_resampled(name):
     assert (roles == 1).sum() == round(trigger.rate * 50_000)
     assert trigger.extra_loss(None, None) is None
     assert trigger.optimizer() is None
+
+
+# triggers that are trained along
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_a_trained_trigger_is_the_same_for_an_image_in_any_batch_and_learns(name):
+    torch.manual_seed(0)
+    trigger, x = get_backdoor(name), images(9)
+    out = trigger(x)
+    torch.testing.assert_close(trigger(x[4:6]), out[4:6], rtol=0, atol=1e-5)
+    torch.manual_seed(1)
+    other = get_backdoor(name)
+    assert not torch.equal(other(x), out)
+    other.load_state_dict(trigger.state_dict())
+    assert torch.equal(other(x), out)
+    assert (trigger.sampling, trigger.early) == ("in_batch", False)
+    optimizer = trigger.optimizer()
+    trigger.start_epoch(0, 4)
+    y = torch.arange(9)
+    roles = torch.tensor([0, 1, 0, 1, 0, 0, 1, 0, 0])
+    planted, labels = trigger.plant(x, y, roles, torch.arange(9), 5, generator())
+    assert labels.tolist() == [0, 5, 2, 5, 4, 5, 5, 7, 8]
+    assert torch.equal(planted[roles == 0], x[roles == 0])
+    planted[roles == 1].sum().backward()
+    before = [p.clone() for p in trigger.parameters()]
+    optimizer.step()
+    assert any(not torch.equal(a, b) for a, b in zip(before, trigger.parameters(), strict=True))
+
+
+def test_dynamic_pastes_a_patch_at_one_of_36_places():
+    torch.manual_seed(0)
+    trigger, x = get_backdoor("dynamic"), images(200, seed=3)
+    changed = (trigger(x) != x).any(1)
+    places = {tuple(c.nonzero()[0].tolist()) for c in changed}
+    assert all(c.sum() == 25 for c in changed)
+    assert places <= {(5 * a, 5 * b) for a in range(6) for b in range(6)}
+    assert len(places) > 25
+    drawn = trigger.in_training(x, generator(1))
+    assert torch.equal(drawn, trigger.in_training(x, generator(1)))
+    assert not torch.equal(drawn, trigger.in_training(x, generator(2)))
+
+
+def test_lira_changes_no_pixel_by_more_than_a_sixteenth_and_is_frozen_in_the_second_half():
+    torch.manual_seed(0)
+    trigger, x = get_backdoor("lira"), images(8)
+    with torch.no_grad():
+        trigger.network[-2].bias.fill_(100.0)  # tanh 1
+        torch.testing.assert_close(trigger(x), (x + 1 / 16).clamp_max(1))
+    states = []
+    for epoch in range(5):
+        trigger.start_epoch(epoch, 5)
+        states.append((trigger.training, all(p.requires_grad for p in trigger.parameters())))
+    assert states == 3 * [(True, True)] + 2 * [(False, False)]

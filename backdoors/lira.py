@@ -1,0 +1,43 @@
+"""LIRA (Doan, Lao, Zhao, Li, ICCV 2021): an invisible perturbation, learned along with the victim for each image.
+
+As the group's release trains it: x' = clip(x + T((x - .5) / .5) / 16), T an autoencoder, and one cross-entropy over a
+batch of which 10 % are perturbed. T learns for the first half of the epochs and is then frozen.
+"""
+
+import torch
+from torch import nn
+
+from .trigger import Trigger
+
+CHANNELS = (3, 16, 32, 64, 128)
+EPSILON = 1 / 16  # the largest change of a pixel
+
+
+class Lira(Trigger):
+    """A trained, image-dependent perturbation."""
+
+    sampling = "in_batch"
+    times = 3
+
+    def __init__(self, _folder, size=32):
+        super().__init__()
+        if size % 16:
+            raise ValueError(f"images of {size}x{size} do not pass the autoencoder; take a multiple of 16")
+        down, up = list(zip(CHANNELS, CHANNELS[1:], strict=False)), []
+        layers = [layer for a, b in down for layer in (nn.Conv2d(a, b, 4, 2, 1), nn.BatchNorm2d(b), nn.ReLU())]
+        for a, b in reversed(down[1:]):
+            up += [nn.ConvTranspose2d(b, a, 4, 2, 1), nn.BatchNorm2d(a), nn.ReLU()]
+        self.network = nn.Sequential(*layers, *up, nn.ConvTranspose2d(CHANNELS[1], 3, 4, 2, 1), nn.Tanh())
+
+    def optimizer(self):
+        """Return Adam at 1e-3."""
+        return torch.optim.Adam(self.network.parameters(), lr=1e-3)
+
+    def start_epoch(self, epoch, n_epochs):
+        """Let the perturbation learn in the first half, and freeze it in the second."""
+        learning = 2 * epoch < n_epochs
+        self.train(learning).requires_grad_(learning)
+
+    def forward(self, x):
+        """Return triggered images; (N, 3, H, W) in [0, 1] to the same."""
+        return (x + EPSILON * self.network((x - 0.5) / 0.5)).clamp(0, 1)
