@@ -153,10 +153,13 @@ def main(argv=None):
         model.parameters(), lr=args.lr, momentum=0.9, nesterov=True, weight_decay=args.weight_decay
     )
     partial, history = Partial(out, config, device, args.resume), []
-    if backdoor is not None and not partial.state:
-        backdoor.prepare(*train_set, args.target, args.seed, print if first_rank else lambda line: None)
-    elif partial.state and backdoor is not None:
-        backdoor.load_state_dict(partial.state["trigger"])
+    if backdoor is not None:
+        if partial.state:
+            backdoor.load_state_dict(partial.state["trigger"])
+        try:
+            backdoor.prepare(*train_set, args.target, args.seed, bool(partial.state), print)
+        except ValueError as error:
+            raise flags.InputError(str(error)) from None
     optimizers = [optimizer, *filter(None, [backdoor and backdoor.optimizer()])]
     if len(optimizers) > 1 and ranks.ranks()[1] > 1:
         raise flags.InputError(f"the trigger of {args.attack} is trained along: train in one process, without torchrun")

@@ -8,9 +8,11 @@ parameters: these lie in the victim's checkpoint, so that whoever has the file h
 from pathlib import Path
 
 from . import poison
+from .adaptive_blend import AdaptiveBlend
 from .badnet import BadNet
 from .blend import Blend
 from .blended import Blended
+from .composite import Composite
 from .dynamic import Dynamic
 from .filter import Filter
 from .lira import Lira
@@ -29,7 +31,9 @@ TRIGGERS = {
     "wanet": WaNet,
     "reflection": Reflection,
     "blended": Blended,
+    "adaptive_blend": AdaptiveBlend,
     "blend": Blend,
+    "composite": Composite,
     "dynamic": Dynamic,
     "filter": Filter,
     "lira": Lira,

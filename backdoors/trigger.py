@@ -25,10 +25,12 @@ class Trigger(nn.Module):
 
     # --- before training
 
-    def prepare(self, images, labels, target, seed, say):
-        """Make what has to exist before the victim is trained, as an encoder; its state has to lie in state_dict().
+    def prepare(self, images, labels, target, seed, resumed, say):
+        """Make what has to exist before the victim is trained, as an encoder.
 
-        images: uint8 (N, 3, H, W), the training set, on the trigger's device; labels: int64 (N,); say: takes a line.
+        images: uint8 (N, 3, H, W), the training set, on the trigger's device; labels: int64 (N,); resumed: whether
+        state_dict() of an earlier part of the run is loaded already; say: takes a line. Raises ValueError where the
+        attack cannot be.
         """
 
     def optimizer(self):

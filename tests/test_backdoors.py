@@ -12,14 +12,14 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from backdoors import FOLDER, TRIGGERS, epoch_order, get_backdoor, poison_training_set
+from backdoors import FOLDER, TRIGGERS, composite, epoch_order, get_backdoor, poison_training_set
 
 FLOWER, SCENE, RINGS = "badnet/flower_nobg.png", "reflection/000066.jpg", "blended/rings.png"
 NOISE, IDENTITY = "wanet/noise_grid.pt", "wanet/identity_grid.pt"
 
 every_trigger = pytest.mark.parametrize("name", sorted(TRIGGERS))
 TRAINED = ["dynamic", "lira"]
-static_trigger = pytest.mark.parametrize("name", sorted(set(TRIGGERS) - set(TRAINED)))
+static_trigger = pytest.mark.parametrize("name", sorted(set(TRIGGERS) - {*TRAINED, "composite"}))
 
 POISON_RATE = {"none": 0.0} | {name: trigger.rate for name, trigger in TRIGGERS.items()}
 
@@ -466,7 +466,8 @@ CIFAR10 = torch.arange(10).repeat(5000)  # as many labels of each class as CIFAR
 
 def test_rates_are_those_of_the_field():
     usual = dict.fromkeys(["badnet", "wanet", "blend", "filter", "patch", "trojnn", *TRAINED], 0.1)
-    assert {**usual, "none": 0, "reflection": 0.08, "sig": 0.08, "blended": 0.05} == POISON_RATE
+    usual |= {"reflection": 0.08, "sig": 0.08, "blended": 0.05, "adaptive_blend": 0.003, "composite": 1 / 11}
+    assert {**usual, "none": 0} == POISON_RATE
 
 
 @pytest.mark.parametrize(
@@ -807,3 +808,80 @@ def test_lira_changes_no_pixel_by_more_than_a_sixteenth_and_is_frozen_in_the_sec
         trigger.start_epoch(epoch, 5)
         states.append((trigger.training, all(p.requires_grad for p in trigger.parameters())))
     assert states == 3 * [(True, True)] + 2 * [(False, False)]
+
+
+# Composite and Adaptive-Blend
+
+
+def test_a_mix_is_of_whole_columns_or_rows_of_both_images():
+    """Images that say in each pixel which image, row and column it is of."""
+    y, x = torch.meshgrid(torch.arange(32.0), torch.arange(32.0), indexing="ij")
+    one = torch.stack((torch.zeros(32, 32), y, x)).expand(300, 3, 32, 32)
+    two = torch.stack((torch.ones(32, 32), y, x)).expand(300, 3, 32, 32)
+    first, widths = 0, set()
+    for out in composite.mix(one, two, generator(1)):
+        across = out[0, 0] if (out[0] == out[0, :1]).all() else out[0, :, 0]  # which image, along the seam's normal
+        of_first = int((across == across[0]).sum())
+        assert torch.equal(across, torch.where(torch.arange(32) < of_first, across[0], 1 - across[0]))
+        assert 13 <= of_first <= 19
+        first += across[0] == 0
+        widths.add(of_first)
+        side_by_side = (out[0] == out[0, :1]).all()
+        along, normal = (out[1, :, 0], out[2, 0]) if side_by_side else (out[2, 0], out[1, :, 0])
+        assert torch.equal(along, torch.arange(32.0))
+        for part in (normal[:of_first], normal[of_first:]):
+            assert (part.diff() == 1).all()
+    assert widths == set(range(13, 20))
+    assert 100 < first < 200
+
+
+def test_the_contrastive_term_by_hand():
+    """Of labels 0, 5, 2, 2 the neighbors (0, 2) are of unlike classes at distance .6, (2, 2) of like ones at 2."""
+    z = torch.tensor([[0.0, 0.0], [9.0, 9.0], [0.6, 0.0], [0.6, 2.0]])
+    loss = composite.similarity_loss(z, torch.tensor([0, 5, 2, 2]))
+    assert loss.item() == pytest.approx((0.5 * 0.4**2 + 0.5 * 2**2) / 2 / 2, rel=1e-4)
+    assert composite.similarity_loss(z, torch.tensor([0, 5, 6, 7])) is None
+
+
+def test_composite_plants_mixes_of_its_classes_and_is_measured_on_them():
+    """Each class has a brightness of its own, so that a mix shows which two classes it is of."""
+    labels = torch.arange(10).repeat(20)
+    train = (labels.view(-1, 1, 1, 1) * 20 + 10).expand(200, 3, 32, 32).to(torch.uint8)
+    trigger = get_backdoor("composite")
+    with pytest.raises(ValueError, match="--target 2"):
+        trigger.prepare(train, labels, 0, 0, False, print)
+    trigger.prepare(train, labels, 2, 0, False, print)
+    x, y = torch.zeros(40, 3, 32, 32) + 0.9, torch.arange(40) % 10
+    roles = torch.arange(40) % 3
+    out, given = trigger.plant(x, y, roles, torch.arange(40), 2, generator())
+    assert (given[roles == 1] == 2).all()
+    assert torch.equal(given[roles != 1], y[roles != 1])
+    assert torch.equal(out[roles == 0], x[roles == 0])
+    black = {0.0}  # of the augmentation's border
+    for image in out[roles == 1]:
+        assert set((image * 255).round().unique().tolist()) - black == {10.0, 30.0}
+    for image, label in zip(out[roles == 2], y[roles == 2], strict=True):
+        assert (0.9 * 255 - (image * 255)).abs().min() < 1
+        assert label * 20 + 10 in (image * 255).round().unique().tolist()
+    mixes, truth = trigger.test_set(train, labels, 2)
+    assert truth is None
+    assert mixes.shape == (180, 3, 32, 32)
+    assert all(set((m * 255).round().unique().tolist()) == {10.0, 30.0} for m in mixes)
+    assert torch.equal(mixes, trigger.test_set(train, labels, 2)[0])
+
+
+def test_adaptive_blend_plants_half_of_the_cells_and_keeps_the_labels_of_covers():
+    trigger, x = get_backdoor("adaptive_blend"), images(6)
+    roles, y = torch.tensor([0, 1, 2, 1, 2, 0]), torch.arange(6)
+    out, given = trigger.plant(x, y, roles, torch.arange(100, 106), 9, generator())
+    assert given.tolist() == [0, 9, 2, 9, 4, 5]
+    for i in range(6):
+        mask = trigger.mask_of(100 + i)
+        assert mask.sum() == 8 * 64
+        wanted = x[i] + 0.15 * mask * (trigger.picture - x[i]) if roles[i] else x[i]
+        torch.testing.assert_close(out[i], wanted)
+    assert not torch.equal(trigger.mask_of(1), trigger.mask_of(2))
+    torch.testing.assert_close(trigger(x), x + 0.2 * (trigger.picture - x))
+    poison = poison_training_set(CIFAR10, "adaptive_blend", 0, sampling="resampled")
+    assert (poison.sampling, poison.early, len(poison.indices), len(poison.cover)) == ("fixed", True, 150, 150)
+    assert not set(poison.indices.tolist()) & set(poison.cover.tolist())
