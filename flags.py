@@ -19,7 +19,7 @@ DATASETS = ("cifar10", "cifar10_sample")
 NETWORKS = ("resnet18", "resnet34", "resnet50")
 DEFENSES = ("ft", "bcu", "ulrl")  # the baselines that start from a victim, as defenses/ has them
 ATTACKS = ("badnet", "wanet", "reflection", "blended", "adaptive_blend", "blend", "composite", "dynamic", "filter")
-ATTACKS += ("lira", "patch", "sig", "trojnn")
+ATTACKS += ("input_aware", "lira", "patch", "sig", "trojnn")
 
 
 class InputError(ValueError):

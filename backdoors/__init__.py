@@ -15,6 +15,7 @@ from .blended import Blended
 from .composite import Composite
 from .dynamic import Dynamic
 from .filter import Filter
+from .input_aware import InputAware
 from .lira import Lira
 from .patch import Patch
 from .poison import Poison, epoch_order
@@ -36,6 +37,7 @@ TRIGGERS = {
     "composite": Composite,
     "dynamic": Dynamic,
     "filter": Filter,
+    "input_aware": InputAware,
     "lira": Lira,
     "patch": Patch,
     "sig": Sig,

@@ -12,13 +12,13 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from backdoors import FOLDER, TRIGGERS, composite, epoch_order, get_backdoor, poison_training_set
+from backdoors import FOLDER, TRIGGERS, composite, epoch_order, get_backdoor, input_aware, poison_training_set
 
 FLOWER, SCENE, RINGS = "badnet/flower_nobg.png", "reflection/000066.jpg", "blended/rings.png"
 NOISE, IDENTITY = "wanet/noise_grid.pt", "wanet/identity_grid.pt"
 
 every_trigger = pytest.mark.parametrize("name", sorted(TRIGGERS))
-TRAINED = ["dynamic", "lira"]
+TRAINED = ["dynamic", "input_aware", "lira"]
 static_trigger = pytest.mark.parametrize("name", sorted(set(TRIGGERS) - {*TRAINED, "composite"}))
 
 POISON_RATE = {"none": 0.0} | {name: trigger.rate for name, trigger in TRIGGERS.items()}
@@ -885,3 +885,63 @@ def test_adaptive_blend_plants_half_of_the_cells_and_keeps_the_labels_of_covers(
     poison = poison_training_set(CIFAR10, "adaptive_blend", 0, sampling="resampled")
     assert (poison.sampling, poison.early, len(poison.indices), len(poison.cover)) == ("fixed", True, 150, 150)
     assert not set(poison.indices.tolist()) & set(poison.cover.tolist())
+
+
+# Input-aware
+
+
+def test_input_aware_mixes_image_and_pattern_by_its_mask():
+    torch.manual_seed(0)
+    trigger, x = get_backdoor("input_aware"), images(5)
+    masks, patterns = trigger.masks(x), trigger.patterns(x)
+    assert masks.shape == (5, 1, 32, 32)
+    assert patterns.shape == (5, 3, 32, 32)
+    torch.testing.assert_close(trigger(x), (1 - masks) * x + masks * patterns)
+
+
+def test_input_aware_gives_cross_images_another_images_trigger_and_keeps_their_label():
+    torch.manual_seed(0)
+    trigger, x, y = get_backdoor("input_aware"), images(12), torch.arange(12)
+    roles = torch.tensor([1, 1, 1, 2, 2, 2, 0, 0, 0, 0, 0, 0])
+    with torch.no_grad():
+        out, given = trigger.plant(x, y, roles, None, 11, generator(4))
+        assert given.tolist() == [11, 11, 11, *range(3, 12)]
+        torch.testing.assert_close(out[:3], trigger(x[:3]))
+        assert torch.equal(out[6:], x[6:])
+        masks, patterns = trigger.masks(x[6:]), trigger.patterns(x[6:])
+        donors = []
+        for i in (3, 4, 5):
+            close = [
+                torch.allclose(out[i], x[i] + m * (p - x[i]), atol=1e-6) for m, p in zip(masks, patterns, strict=True)
+            ]
+            donors.append(close.index(True))
+        assert len(set(donors)) == 3
+        images_apart = input_aware.distance(x[:3], x[6:][donors])
+        patterns_apart = input_aware.distance(trigger.patterns(x[:3]), patterns[donors])
+    expected = (images_apart / patterns_apart).mean().item()
+    assert trigger.extra_loss(None, None).item() == pytest.approx(expected, rel=0.02)  # untrained patterns are close
+
+
+def test_the_masks_loss_by_hand():
+    """Masks of .1 and .2 everywhere on images at distance .5: 100 (.1 - .032) + .5 / .1."""
+    a, b = torch.zeros(2, 3, 8, 8), torch.full((2, 3, 8, 8), 0.5)
+    loss, mean = input_aware.mask_loss(a, b, torch.full((2, 1, 8, 8), 0.1), torch.full((2, 1, 8, 8), 0.2))
+    assert loss.item() == pytest.approx(6.8 + 5, rel=1e-3)
+    assert mean.item() == pytest.approx(0.1)
+
+
+def test_the_mask_learns_before_the_pattern_and_is_then_frozen(monkeypatch):
+    monkeypatch.setattr(input_aware, "WARM_UP", 2)
+    torch.manual_seed(0)
+    trigger, said = get_backdoor("input_aware"), []
+    before = {k: v.clone() for k, v in trigger.state_dict().items()}
+    train = (images(64) * 255).to(torch.uint8)
+    trigger.prepare(train, LABELS[:64], 0, 1, True, said.append)  # of a resumed run
+    assert said == []
+    trigger.prepare(train, LABELS[:64], 0, 1, False, said.append)
+    assert len(said) == 2
+    moved = {k.split(".")[0] for k, v in trigger.state_dict().items() if not torch.equal(v, before[k])}
+    assert moved == {"mask_network"}
+    trigger.start_epoch(0, 1)
+    assert not any(p.requires_grad for p in trigger.mask_network.parameters())
+    assert (trigger.mask_network.training, trigger.pattern_network.training) == (False, True)

@@ -1,0 +1,128 @@
+"""Input-aware (Nguyen & Tran, NeurIPS 2020): each image has a trigger of its own, which is useless on any other image.
+
+x' = x + m(x) (G(x) - x). A network M draws the mask m, G the pattern. M learns first, alone, to be small and to differ
+between images; then G learns along with the victim. A tenth of a batch carries its own trigger and gets the target as
+label, another tenth carries another image's ("cross") and keeps its label. A term asks the patterns of two images to
+differ as much as the images do.
+"""
+
+import torch
+from torch import nn
+
+import data
+
+from .trigger import Trigger, places
+
+AREA = 0.032  # of a mask that costs nothing
+EPS = 1e-7
+WARM_UP = 25  # epochs of M alone
+
+
+def _block(a, b, activate=True):
+    return [nn.Conv2d(a, b, 3, padding=1), nn.BatchNorm2d(b, momentum=0.05), *([nn.ReLU()] if activate else [])]
+
+
+def _network(width, out):
+    """Return the encoder-decoder of the original: channels width, 2 width, 4 width and back, a linear last layer."""
+    a, b, c = width, 2 * width, 4 * width
+    layers, last = [], 3
+    for channels in (a, b, c):
+        layers += [*_block(last, channels), *_block(channels, channels), nn.MaxPool2d(2)]
+        last = channels
+    layers += _block(c, c)
+    for first, second, third in ((c, c, b), (b, b, a), (a, a, out)):
+        layers += [nn.Upsample(scale_factor=2, mode="bilinear"), *_block(first, second)]
+        layers += _block(second, third, activate=third != out)
+    return nn.Sequential(*layers)
+
+
+def distance(a, b):
+    """Return the root mean square difference of each pair of images, (N,)."""
+    return ((a - b).square().mean((1, 2, 3)) + 1e-12).sqrt()
+
+
+class InputAware(Trigger):
+    """Two trained networks; width: of their first layer, 32 in the original."""
+
+    sampling = "in_batch"
+    cover_rate = 0.10  # cross triggers
+
+    def __init__(self, _folder, size=32, width=8):
+        super().__init__()
+        if size % 8:
+            raise ValueError(f"images of {size}x{size} do not pass three poolings; take a multiple of 8")
+        self.pattern_network, self.mask_network = _network(width, 3), _network(width, 1)
+        self.extra = None
+
+    def patterns(self, x):
+        """Return G(x), (N, 3, H, W) in [0, 1]."""
+        return self.pattern_network(x).tanh() / 2 + 0.5
+
+    def masks(self, x):
+        """Return m(x), (N, 1, H, W) in [0, 1]."""
+        return (20 * (self.mask_network(x).tanh() / 2 + 0.5) - 10).tanh() / 2 + 0.5
+
+    def forward(self, x):
+        """Return triggered images; (N, 3, H, W) in [0, 1] to the same."""
+        return x + self.masks(x) * (self.patterns(x) - x)
+
+    def optimizer(self):
+        """Return Adam of G at 1e-2."""
+        return torch.optim.Adam(self.pattern_network.parameters(), lr=1e-2, betas=(0.5, 0.9))
+
+    def start_epoch(self, epoch, n_epochs):
+        """Let G learn; M is frozen."""
+        del epoch, n_epochs
+        self.pattern_network.train()
+        self.mask_network.eval().requires_grad_(False)
+
+    def prepare(self, images, labels, target, seed, resumed, say):
+        """Train M for 25 epochs."""
+        del labels, target
+        if resumed:
+            return
+        optimizer = torch.optim.Adam(self.mask_network.parameters(), lr=1e-2, betas=(0.5, 0.9))
+        rate = torch.optim.lr_scheduler.MultiStepLR(optimizer, [10, 20], 0.1)
+        self.mask_network.train()
+        for epoch in range(WARM_UP):
+            generator = torch.Generator().manual_seed(seed * 1000 + epoch)
+            for index in torch.randperm(len(images), generator=generator).split(256):
+                x = data.augment(data.to_float(images[index.to(images.device)]), generator)
+                a, b = x[: len(x) // 2], x[len(x) // 2 : len(x) // 2 * 2]
+                if len(a) < 2:
+                    continue
+                loss, masks = mask_loss(a, b, self.masks(a), self.masks(b))
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+            rate.step()
+            say(f"mask, epoch {epoch + 1} of {WARM_UP}: loss {loss.item():.3f}, mean {masks.item():.4f}")
+
+    def plant(self, x, y, roles, index, target, generator):
+        """Return the batch with triggers, own ones on role 1 and cross ones on role 2, and keep the diversity term."""
+        del index
+        own, cross, rest = (places(roles, role, x) for role in (1, 2, 0))
+        donors = rest[torch.randperm(len(rest), generator=generator)[: len(cross)].to(x.device)]
+        cross = cross[: len(donors)]
+        out, y, self.extra = x.clone(), y.clone(), None
+        mine, theirs = (self.patterns(x[i]) if len(i) else x[i] for i in (own, donors))
+        if len(own):
+            out[own] = x[own] + self.masks(x[own]) * (mine - x[own])
+            y[own] = target
+        if len(cross):
+            out[cross] = x[cross] + self.masks(x[donors]) * (theirs - x[cross])
+        n = min(len(own), len(donors))
+        if n:
+            self.extra = (distance(x[own[:n]], x[donors[:n]]) / (distance(mine[:n], theirs[:n]) + EPS)).mean()
+        return out, y
+
+    def extra_loss(self, logits, y):
+        """Return the diversity term of the last batch."""
+        del logits, y
+        return self.extra
+
+
+def mask_loss(a, b, masks_a, masks_b):
+    """Return (the loss of M on pairs of images, mean mask): small masks that differ as the images do."""
+    apart = distance(a, b) / (distance(masks_a, masks_b) + EPS)
+    return 100 * (masks_a - AREA).relu().mean() + apart.mean(), masks_a.detach().mean()
