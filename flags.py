@@ -18,8 +18,8 @@ RESULTS = ROOT / "results"
 DATASETS = ("cifar10", "cifar10_sample")
 NETWORKS = ("resnet18", "resnet34", "resnet50")
 DEFENSES = ("ft", "bcu", "ulrl")  # the baselines that start from a victim, as defenses/ has them
-ATTACKS = ("badnet", "wanet", "reflection", "blended", "adaptive_blend", "blend", "composite", "dynamic", "filter")
-ATTACKS += ("input_aware", "lira", "patch", "sig", "trojnn")
+ATTACKS = ("badnet", "wanet", "reflection", "blended", "adaptive_blend", "blend", "cl", "composite", "dynamic")
+ATTACKS += ("filter", "input_aware", "lira", "patch", "sig", "trojnn")
 
 
 class InputError(ValueError):
@@ -136,6 +136,7 @@ def _train(p):
         "--sampling", default="resampled", choices=("resampled", "fixed"),
         help="poisoned images drawn anew at every access, trigger after augmentation; or drawn once, trigger before",
     )  # fmt: skip
+    p.add_argument("--surrogate", help="clean network for cl (default: ckpt/cifar10_resnet18-w0.25_none.pt)")
     _resume(p)
     p.add_argument("--overwrite", action="store_true", help="train again although the victim lies there already")
     p.add_argument("--ckpt", help="where to write (default: ckpt/{dataset}_{network}_{attack}.pt)")

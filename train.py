@@ -156,8 +156,12 @@ def main(argv=None):
     if backdoor is not None:
         if partial.state:
             backdoor.load_state_dict(partial.state["trigger"])
+        surrogate = None
+        if backdoor.surrogate:
+            path = args.surrogate or utils.checkpoint_path("cifar10", "resnet18", "none", 0.25)
+            surrogate = utils.load_model(path, device)[0].requires_grad_(False)
         try:
-            backdoor.prepare(*train_set, args.target, args.seed, bool(partial.state), print)
+            backdoor.prepare(*train_set, args.target, args.seed, bool(partial.state), print, surrogate)
         except ValueError as error:
             raise flags.InputError(str(error)) from None
     optimizers = [optimizer, *filter(None, [backdoor and backdoor.optimizer()])]

@@ -12,6 +12,7 @@ from .adaptive_blend import AdaptiveBlend
 from .badnet import BadNet
 from .blend import Blend
 from .blended import Blended
+from .cl import LabelConsistent
 from .composite import Composite
 from .dynamic import Dynamic
 from .filter import Filter
@@ -34,6 +35,7 @@ TRIGGERS = {
     "blended": Blended,
     "adaptive_blend": AdaptiveBlend,
     "blend": Blend,
+    "cl": LabelConsistent,
     "composite": Composite,
     "dynamic": Dynamic,
     "filter": Filter,

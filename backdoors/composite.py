@@ -27,9 +27,9 @@ class Composite(Trigger):
         self.images = self.labels = None
         self.register_buffer("classes", torch.tensor((A, B, C)))
 
-    def prepare(self, images, labels, target, seed, resumed, say):
+    def prepare(self, images, labels, target, seed, resumed, say, surrogate=None):
         """Keep the training set, of which the second image of each mix is taken."""
-        del seed, resumed, say
+        del seed, resumed, say, surrogate
         if target != C:
             raise ValueError(f"composite gives class {C}; take --target {C}")
         self.images, self.labels = images, labels

@@ -76,9 +76,9 @@ class InputAware(Trigger):
         self.pattern_network.train()
         self.mask_network.eval().requires_grad_(False)
 
-    def prepare(self, images, labels, target, seed, resumed, say):
+    def prepare(self, images, labels, target, seed, resumed, say, surrogate=None):
         """Train M for 25 epochs."""
-        del labels, target
+        del labels, target, surrogate
         if resumed:
             return
         optimizer = torch.optim.Adam(self.mask_network.parameters(), lr=1e-2, betas=(0.5, 0.9))

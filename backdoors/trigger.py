@@ -13,7 +13,8 @@ class Trigger(nn.Module):
     rate: share of an epoch's images that is poisoned (role 1). cover_rate: share that is changed, too, but keeps its
     labels (role 2). relabel: whether poisoned images get the target as label; clean-label attacks keep theirs.
     sampling: how a training set is drawn, see poison.py. early: whether in a batch drawn `in_batch` the trigger comes
-    before augmentation. times: factor on the difference in the trigger's picture.
+    before augmentation. times: factor on the difference in the trigger's picture. surrogate: whether prepare() takes a
+    clean network.
     """
 
     rate = 0.10
@@ -22,15 +23,16 @@ class Trigger(nn.Module):
     sampling = "resampled"
     early = False
     times = 1
+    surrogate = False
 
     # --- before training
 
-    def prepare(self, images, labels, target, seed, resumed, say):
+    def prepare(self, images, labels, target, seed, resumed, say, surrogate=None):
         """Make what has to exist before the victim is trained, as an encoder.
 
         images: uint8 (N, 3, H, W), the training set, on the trigger's device; labels: int64 (N,); resumed: whether
-        state_dict() of an earlier part of the run is loaded already; say: takes a line. Raises ValueError where the
-        attack cannot be.
+        state_dict() of an earlier part of the run is loaded already; say: takes a line; surrogate: a clean network in
+        eval mode, where asked for. Raises ValueError where the attack cannot be.
         """
 
     def optimizer(self):

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from backdoors import FOLDER, TRIGGERS, composite, epoch_order, get_backdoor, input_aware, poison_training_set
+from backdoors import FOLDER, TRIGGERS, cl, composite, epoch_order, get_backdoor, input_aware, poison_training_set
 
 FLOWER, SCENE, RINGS = "badnet/flower_nobg.png", "reflection/000066.jpg", "blended/rings.png"
 NOISE, IDENTITY = "wanet/noise_grid.pt", "wanet/identity_grid.pt"
@@ -466,7 +466,14 @@ CIFAR10 = torch.arange(10).repeat(5000)  # as many labels of each class as CIFAR
 
 def test_rates_are_those_of_the_field():
     usual = dict.fromkeys(["badnet", "wanet", "blend", "filter", "patch", "trojnn", *TRAINED], 0.1)
-    usual |= {"reflection": 0.08, "sig": 0.08, "blended": 0.05, "adaptive_blend": 0.003, "composite": 1 / 11}
+    usual |= {
+        "reflection": 0.08,
+        "sig": 0.08,
+        "cl": 0.08,
+        "blended": 0.05,
+        "adaptive_blend": 0.003,
+        "composite": 1 / 11,
+    }
     assert {**usual, "none": 0} == POISON_RATE
 
 
@@ -945,3 +952,36 @@ def test_the_mask_learns_before_the_pattern_and_is_then_frozen(monkeypatch):
     trigger.start_epoch(0, 1)
     assert not any(p.requires_grad for p in trigger.mask_network.parameters())
     assert (trigger.mask_network.training, trigger.pattern_network.training) == (False, True)
+
+
+# label-consistent
+
+
+def test_the_boards_of_cl_lie_in_the_corners_and_do_not_change_under_a_flip():
+    trigger, x = get_backdoor("cl"), images(3)
+    out = trigger(x)
+    assert out[0, 1, :3, :3].int().tolist() == [[1, 0, 0], [0, 1, 0], [1, 0, 1]]
+    assert out[0, 2, -3:, -3:].int().tolist() == [[0, 0, 1], [0, 1, 0], [1, 0, 1]]
+    assert torch.equal(out[:, :, 3:-3], x[:, :, 3:-3])
+    assert torch.equal(out[..., 3:-3], x[..., 3:-3])
+    assert torch.equal(trigger(x.flip(3)), out.flip(3))
+
+
+def test_cl_makes_images_of_the_target_hard_within_eight_levels_and_keeps_their_labels(monkeypatch):
+    """For a linear network every step is the sign of the weights, so that 6 steps of 1.5 end at the bound, 8."""
+    monkeypatch.setattr(cl, "STEPS", 6)
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 32 * 32, 2))
+    labels = torch.tensor([0, 1, 0, 1, 1])
+    train = torch.full((5, 3, 32, 32), 100, dtype=torch.uint8)
+    trigger = get_backdoor("cl")
+    trigger.prepare(train, labels, 1, 0, False, lambda line: None, network.requires_grad_(False))
+    difference = (network[1].weight[0] - network[1].weight[1]).sign().view(3, 32, 32)  # raises the loss of label 1
+    assert torch.equal(trigger.hard.int(), (100 + 8 * difference).int().expand(3, 3, 32, 32))
+    index, roles = torch.tensor([3, 0, 4, 2]), torch.tensor([1, 0, 0, 0])
+    fetched = trigger.fetch(train, index, roles)
+    assert torch.equal(fetched[0], trigger.hard[1])
+    assert torch.equal(fetched[1:], train[index[1:]])
+    assert (train == 100).all()
+    poison = poison_training_set(labels, "cl", 1, 0.4, sampling="resampled")
+    assert (poison.relabel, poison.pool.tolist()) == (False, [1, 3, 4])
