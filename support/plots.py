@@ -7,6 +7,7 @@ import data
 import utils
 
 
+@torch.no_grad()
 def draw_demo(images, backdoor, path, times=1, columns=16):
     """Write the trigger picture: rows clean, triggered, absolute difference (times `times`).
 

@@ -123,7 +123,7 @@ def test_same_input_same_bits_wherever_the_images_lie(tiny, defense):
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
-@pytest.mark.parametrize("draw_images", [None, 150])
+@pytest.mark.parametrize("step_images", [None, 150])
 def test_a_recorded_search_is_the_search(tiny, defense, monkeypatch, recordings, precision, step_images):
     """To the bit, also after a part of it."""
     config = unit.UnitConfig(n_steps=20, lr=0.1, precision=precision, micro_batch=64, step_images=step_images)
