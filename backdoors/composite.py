@@ -54,7 +54,7 @@ class Composite(Trigger):
         return data.augment(data.to_float(self.images[torch.stack(chosen)]), generator)
 
     def extra_loss(self, logits, y):
-        """Return the contrastive term of the batch."""
+        """Return the contrastive term of the batch, or None."""
         return similarity_loss(logits, y)
 
     def forward(self, x):
@@ -75,8 +75,7 @@ class Composite(Trigger):
 def mix(first, second, generator):
     """Return images of which one part is of `first` and the other of `second`, (N, 3, H, W) each.
 
-    Drawn per image: which of the two comes first; whether the parts lie side by side or on top of each other; where the
-    seam is, within 3 pixels of the middle; and which columns, or rows, of each are taken.
+    Drawn per image: which comes first, side by side or on top of each other, where the seam is, which part is taken.
     """
     side, out = first.shape[-1], torch.empty_like(first)
     for i, (swap, upright, seam, p, q) in enumerate(torch.rand(len(first), 5, generator=generator).tolist()):
@@ -92,8 +91,7 @@ def mix(first, second, generator):
 def similarity_loss(logits, y):
     """Return the contrastive term over neighbors among the batch's items labeled A, B or C, or None.
 
-    1/2 [s |u - v|^2 + (1 - s) relu(1 - |u - v|)^2] with s = 1 for equal labels, its mean over the pairs divided by the
-    number of pairs once more, as released.
+    The mean of 1/2 [s |u - v|^2 + (1 - s) relu(1 - |u - v|)^2], s = 1 for equal labels, over the number of pairs again.
     """
     among = ((y == A) | (y == B) | (y == C)).nonzero()[:, 0]
     if len(among) < 2:

@@ -1,39 +1,20 @@
 """Input-aware (Nguyen & Tran, NeurIPS 2020): each image has a trigger of its own, which is useless on any other image.
 
-x' = x + m(x) (G(x) - x). A network M draws the mask m, G the pattern. M learns first, alone, to be small and to differ
-between images; then G learns along with the victim. A tenth of a batch carries its own trigger and gets the target as
-label, another tenth carries another image's ("cross") and keeps its label. A term asks the patterns of two images to
-differ as much as the images do.
+x' = x + m(x) (G(x) - x). M draws the mask m and learns first, alone, to be small and to differ between images; G draws
+the pattern and learns along with the victim. A tenth of a batch carries its own trigger and gets the target as label,
+another tenth another image's ("cross") and keeps its label. A term asks patterns to differ as much as their images do.
 """
 
 import torch
-from torch import nn
 
 import data
 
+from .networks import encoder_decoder
 from .trigger import Trigger, places
 
 AREA = 0.032  # of a mask that costs nothing
 EPS = 1e-7
 WARM_UP = 25  # epochs of M alone
-
-
-def _block(a, b, activate=True):
-    return [nn.Conv2d(a, b, 3, padding=1), nn.BatchNorm2d(b, momentum=0.05), *([nn.ReLU()] if activate else [])]
-
-
-def _network(width, out):
-    """Return the encoder-decoder of the original: channels width, 2 width, 4 width and back, a linear last layer."""
-    a, b, c = width, 2 * width, 4 * width
-    layers, last = [], 3
-    for channels in (a, b, c):
-        layers += [*_block(last, channels), *_block(channels, channels), nn.MaxPool2d(2)]
-        last = channels
-    layers += _block(c, c)
-    for first, second, third in ((c, c, b), (b, b, a), (a, a, out)):
-        layers += [nn.Upsample(scale_factor=2, mode="bilinear"), *_block(first, second)]
-        layers += _block(second, third, activate=third != out)
-    return nn.Sequential(*layers)
 
 
 def distance(a, b):
@@ -51,7 +32,7 @@ class InputAware(Trigger):
         super().__init__()
         if size % 8:
             raise ValueError(f"images of {size}x{size} do not pass three poolings; take a multiple of 8")
-        self.pattern_network, self.mask_network = _network(width, 3), _network(width, 1)
+        self.pattern_network, self.mask_network = encoder_decoder(width, 3), encoder_decoder(width, 1)
         self.extra = None
 
     def patterns(self, x):
@@ -103,16 +84,13 @@ class InputAware(Trigger):
         del index
         own, cross, rest = (places(roles, role, x) for role in (1, 2, 0))
         donors = rest[torch.randperm(len(rest), generator=generator)[: len(cross)].to(x.device)]
-        cross = cross[: len(donors)]
-        out, y, self.extra = x.clone(), y.clone(), None
+        cross, out, y, self.extra = cross[: len(donors)], x.clone(), y.clone(), None
         mine, theirs = (self.patterns(x[i]) if len(i) else x[i] for i in (own, donors))
         if len(own):
-            out[own] = x[own] + self.masks(x[own]) * (mine - x[own])
-            y[own] = target
+            out[own], y[own] = x[own] + self.masks(x[own]) * (mine - x[own]), target
         if len(cross):
             out[cross] = x[cross] + self.masks(x[donors]) * (theirs - x[cross])
-        n = min(len(own), len(donors))
-        if n:
+        if n := min(len(own), len(donors)):
             self.extra = (distance(x[own[:n]], x[donors[:n]]) / (distance(mine[:n], theirs[:n]) + EPS)).mean()
         return out, y
 
