@@ -70,6 +70,9 @@ def all_victims(args):
             raise flags.InputError(f"no checkpoint {path}; name files that train.py made")
     victims = [Victim(p, args.results) for p in paths]
     victims = [v for v in victims if v.attack is not None and not v.about["defense"]]
+    for v in victims:
+        if v.attack not in ("none", *flags.ATTACKS):
+            raise flags.InputError(f"{v.path} is of an unknown attack, {v.attack!r}; leave it out, by --victims")
     return sorted(
         victims, key=lambda v: (-v.about["width"], flags.ATTACKS.index(v.attack) if v.attack != "none" else 99)
     )
@@ -179,7 +182,10 @@ def write_tables(victims, args):
         r, path = v.record("unit"), v.folder / "unit.npz"
         if r and path.exists():
             limit = r["initial_acc"] - r["settings"]["acc_degrade"]
-            history = dict(np.load(path))
+            try:
+                history = dict(np.load(path))
+            except (OSError, ValueError):
+                raise flags.InputError(f"{path} is no trajectory of a search; delete it") from None
             plots.draw_history(history, r["best_step"], limit, pictures / f"search_{v.path.stem}.png")
 
 

@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import math
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -199,6 +200,7 @@ def keep_freed_memory():
 
 def run(main):
     """Call `main()` as a command: turn its outcome into an exit status and leave the process with it."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     keep_freed_memory()
     try:
         main()
@@ -208,7 +210,15 @@ def run(main):
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         _leave(130)
+    except BrokenPipeError:  # whoever read what is printed has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _leave(1)
     _leave(0)
+
+
+def _interrupted(*_):
+    print("interrupted", file=sys.stderr, flush=True)
+    os._exit(130)
 
 
 def _leave(status):
@@ -225,4 +235,5 @@ def _leave(status):
 # this module is the first that a command imports: --help and a wrong flag are answered here
 _script = Path(getattr(sys.modules["__main__"], "__file__", None) or "")
 if _script.name in COMMANDS and _script.resolve().parent == ROOT:
+    signal.signal(signal.SIGINT, _interrupted)  # while torch is being imported
     parser(_script.name).parse_args()

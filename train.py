@@ -7,6 +7,7 @@ A run that was cut off goes on after its last whole epoch when the same command 
 
 import flags  # first: it answers --help and a wrong flag before torch is imported
 
+import math
 from pathlib import Path
 
 import torch
@@ -184,6 +185,8 @@ def main(argv=None):
         model.train()
         with tqdm(total=n_images, unit="img", desc=f"epoch {epoch + 1}", leave=False, disable=not first_rank) as bar:
             loss, accuracy = train_epoch(step, optimizers, train_set, poison, backdoor, config, epoch, bar.update)
+        if not math.isfinite(loss):
+            raise flags.InputError(f"the loss of epoch {epoch + 1} is {loss}: nothing is saved; lower --lr")
         if not first_rank:
             continue
         quick = evaluate(model, *(t[:QUICK] for t in test_set), backdoor, args.target, args.batch_size, dtype)

@@ -268,6 +268,7 @@ def main(argv=None):
         raise flags.InputError(f"{path} has bounds already; give --ckpt the victim")
     if out.resolve() == path.resolve():
         raise flags.InputError(f"--out is the victim {path} itself; give another place")
+    utils.check_place(out)
     images = inputs.augmented_defense_data(args)
     if args.step_images and args.step_images > len(images[0]):
         raise flags.InputError(f"--step_images is above the {len(images[0])} training images; lower it")

@@ -97,6 +97,8 @@ def write_whole(path, write):
     Raises InputError when the disk refuses (full, read-only).
     """
     path = Path(path)
+    if path.exists() and not path.is_file():  # a rename would take a device's or a pipe's place
+        raise InputError(f"cannot write {path}: it is no regular file; give another name")
     part = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -117,8 +119,10 @@ def write_whole(path, write):
 def check_place(path):
     """Raise InputError unless a file can be written at `path`: what a long run wants to know before it starts."""
     path = Path(path)
-    if path.is_dir():
+    if path.is_dir() or not path.name:
         raise InputError(f"cannot write {path}: it is a folder; give the name of a file")
+    if path.exists() and not path.is_file():
+        raise InputError(f"cannot write {path}: it is no regular file; give another name")
     write_whole(path.with_name(f"{path.name}.probe"), lambda p: p.write_bytes(b""))
     path.with_name(f"{path.name}.probe").unlink()
 
@@ -221,6 +225,11 @@ def load_model(path, device="cpu"):
         if not (0 < checkpoint["width"] <= models.MAX_WIDTH and 0 < checkpoint["num_classes"] <= models.MAX_CLASSES):
             raise ValueError(f"width {checkpoint['width']}, {checkpoint['num_classes']} classes")
         model = models.get_model(checkpoint["network"], checkpoint["num_classes"], checkpoint["width"])
+        bounds = checkpoint["bounds"] or {}
+        damaged = [k for k, v in {**state, **bounds}.items() if v.is_floating_point() and v.isnan().any()]
+        damaged += [k for k, v in state.items() if v.is_floating_point() and v.isinf().any()]
+        if damaged:
+            raise ValueError(f"NaN or infinity in {damaged[0]}; take a file that is whole")
         model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in state.items()})
         if checkpoint["bounds"] is not None:
             shapes = {name: tuple(bound.shape) for name, bound in checkpoint["bounds"].items()}

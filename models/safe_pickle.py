@@ -7,6 +7,7 @@ inert record before the file is read, so that neither the classes themselves nor
 import pickle
 import re
 import warnings
+import zipfile
 
 import torch
 from torch import nn
@@ -52,6 +53,10 @@ def read_pickle(path):
     """
     names = (*AUTHORS_CLASSES, *_torch_layers())
     try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                if bad := archive.testzip():  # torch does not look at the sums
+                    raise ValueError(f"{bad} is not what was written")
         with torch.serialization.safe_globals([(_Record, name) for name in names]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of foreign formats, which are refused right after
             content = torch.load(path, map_location="cpu", weights_only=True)

@@ -24,6 +24,8 @@ def load_victim(args, device):
     """Return (path, model, checkpoint, backdoor) that the flags mean; say where file and flags differ."""
     path = victim_path(args)
     model, checkpoint = utils.load_model(path, device)
+    if checkpoint["num_classes"] != 10:
+        raise InputError(f"{path} has {checkpoint['num_classes']} classes, {args.dataset} has 10; give another model")
     backdoor = load_trigger(args.attack, checkpoint, device)
     foreign = checkpoint["trigger"] is None or checkpoint["attack"] != args.attack
     if foreign and backdoor is not None and backdoor.optimizer() is not None:

@@ -74,6 +74,8 @@ def load(path, victim_sum):
         record = json.loads(path.read_text())
         same = record["victim"]["sha256"] in (victim_sum, None)  # None: DBD has no victim
         whole = same and not record.get("interrupted")
-    except (ValueError, KeyError, TypeError, AttributeError):
+        numbers = [record["seconds"], *(record["after"][k] or 0 for k in ("BA", "ASR", "RA", "target_accuracy"))]
+        sum(numbers), record["machine"]["threads"], record["commit"], record.get("findings", {}).get("outcome")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise flags.InputError(f"{path} is no record of a run; move it elsewhere") from None
     return record if whole else None

@@ -4,6 +4,7 @@ from flags import InputError
 
 import sys
 import time
+import zipfile
 
 import torch
 
@@ -42,9 +43,13 @@ class Partial:
     def _load(self):
         advice = "delete it or give --no-resume"
         try:
+            with zipfile.ZipFile(self.path) as archive:
+                if archive.testzip():  # torch does not look at the sums
+                    raise ValueError
             kept = torch.load(self.path, map_location="cpu", weights_only=True)
-            before, then = kept["settings"], kept["machine"]
-            self.state, self.step, self.seconds, self.peak = (kept[k] for k in ("state", "step", "seconds", "peak"))
+            before, then = dict(kept["settings"]), dict(kept["machine"])
+            self.state, self.step, self.peak = kept["state"], int(kept["step"]), kept["peak"]
+            self.seconds = float(kept["seconds"])
         except Exception as error:  # whatever a damaged file makes torch raise
             raise InputError(f"{self.path} cannot be read ({type(error).__name__}); {advice}") from None
         differ = [k for k in {**before, **self.settings} if before.get(k) != self.settings.get(k)]
@@ -52,7 +57,7 @@ class Partial:
             raise InputError(f"{self.path} is a cut-off run with another {', '.join(differ)}; {advice}")
         now = self._machine()
         if then != now:
-            print(f"note: {self.path} was begun on {then['device']}; the last digits may differ", file=sys.stderr)
+            print(f"note: {self.path} was begun on {then.get('device')}; the last digits may differ", file=sys.stderr)
 
     def _machine(self):
         return {k: v for k, v in machine.machine(self.device).items() if k != "date"}

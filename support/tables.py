@@ -26,8 +26,9 @@ def put(path, name, table):
     begin = BEGIN.format(name)
     try:
         text = path.read_text()
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}; name a folder that holds the page") from None
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is no text in UTF-8"
+        raise InputError(f"cannot read {path}: {reason}; name a folder that holds the page") from None
     if text.count(begin) != 1 or END not in text.partition(begin)[2]:
         raise InputError(f"{path} has no place for the table; put the lines {begin} and {END} into it")
     before, _, rest = text.partition(begin)

@@ -368,3 +368,37 @@ def test_a_foreign_file_is_one_line_on_standard_error(tmp_path):
     for line, path in zip(lines, (plain, code, script), strict=True):
         assert re.fullmatch(rf"error: {re.escape(str(path))} is refused: .*", line)
     assert not (tmp_path / "ran").exists()
+
+
+# files that are damaged in a way that torch does not notice
+
+
+def test_weights_that_are_no_numbers_are_refused(tmp_path, tiny):
+    for value in (float("nan"), float("inf")):
+        state = {k: v.clone() for k, v in tiny.state_dict().items()}
+        state["bn1.running_var"][0] = value
+        torch.save(state, tmp_path / "m.pt")
+        with pytest.raises(InputError, match="NaN or infinity in bn1.running_var"):
+            utils.load_model(tmp_path / "m.pt")
+
+
+def test_a_file_whose_bytes_were_changed_is_refused(tmp_path, tiny):
+    path = tmp_path / "m.pt"
+    torch.save(tiny.state_dict(), path)
+    content = bytearray(path.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 100] = bytes(b ^ 255 for b in content[middle : middle + 100])
+    path.write_bytes(content)
+    with pytest.raises(InputError, match="refused"):
+        utils.load_model(path)
+
+
+def test_what_is_no_regular_file_is_not_replaced(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    for write in (utils.check_place, lambda p: utils.write_whole(p, lambda part: part.write_text("x"))):
+        with pytest.raises(InputError, match="no regular file"):
+            write(pipe)
+    assert pipe.is_fifo()
+    with pytest.raises(InputError, match="it is a folder"):
+        utils.check_place("/")
