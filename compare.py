@@ -168,7 +168,7 @@ def write_tables(victims, args):
     put(page, "overview", overview(victims))
     put(page, "details", details(victims))
     if Path(args.results).resolve() == flags.RESULTS and not args.victims:
-        put(flags.ROOT / "README.md", "overview", overview([v for v in victims if v.about["width"] == 1]))
+        put(flags.ROOT / "README.md", "overview", overview(victims))
         put(utils.CKPT / "README.md", "victims", victim_table(victims))
     compared = [
         {"victim": v.path.stem, "defense": name, **r["after"]}

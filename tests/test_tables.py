@@ -470,7 +470,7 @@ def test_the_default_run_also_writes_the_front_page_and_that_of_the_victims(hous
     house.compare("--no-run")
     front, victims = (page.read_text() for page in pages)
     assert "| resnet18_badnet | 50.00 / 50.00 / 25.00 |" in front
-    assert "w0.25" not in front  # full width alone
+    assert "| resnet18-w0.25_none | 50.00 |" in front
     sums = [utils.sha256(path)[:16] for path in (wide, narrow)]
     assert (
         "| `cifar10_resnet18_badnet.pt` | 1 | dirty-label, 10 %, resampled | 30 | 93.00 / 100.00 / 0.00 | 75.00 | 99 |"
