@@ -96,7 +96,7 @@ def draw_compared(rows, path):
         axis.grid(alpha=0.3)
     for name, color in colors.items():
         axes[0, 0].plot([], [], "o", color=color, label=name)
-    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(colors), fontsize=9)
-    fig.supxlabel("RA %: triggered images that come out right")
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=len(colors), fontsize=9)
+    fig.supxlabel("RA %: triggered images classified correctly")
     fig.supylabel("BA %: clean images")
     utils.write_whole(path, lambda p: fig.savefig(p, format="png", dpi=110))
