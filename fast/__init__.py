@@ -1,7 +1,7 @@
 """Faster code for what the plain path computes, equal to rounding. Nothing here changes a method.
 
-search_network() is for UNIT; training_step(), training_copy() and training_layout() are for all that trains. What each
-piece saves stands in docs/performance.md: bf16 arithmetic, frozen weights, batch norm folded into the convolutions
+search_network() is for UNIT; training_step(), training_copy() and training_layout() are for all that trains. The
+pieces: bf16 arithmetic, frozen weights, batch norm folded into the convolutions
 (folding), the clip in one pass forward and one back (clip; kernels on a GPU), matrix products for convolutions over
 small maps (products), whole passes recorded on a GPU (graphs), a run's images shared among processes (ranks).
 """
