@@ -116,6 +116,7 @@ def _unit(p):
     _resume(p)
     _victim(p)
     p.add_argument("--out", help="where to save (default: ckpt/{dataset}_{network}_{attack}_unit.pt)")
+    p.add_argument("--export", help="also write the defended network as a .pt2 file that needs torch alone")
     p.add_argument("--outdir", default=".", help="folder of the picture")
     _results(p)
 

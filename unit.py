@@ -25,6 +25,7 @@ import utils
 from evaluate import evaluate
 from fast import ranks
 from support import inputs, machine, plots, records
+from support.export import write_export
 from support.resume import Partial
 from support.watch import Watch
 
@@ -50,6 +51,18 @@ class UnitConfig:
     micro_batch: int | None = None  # images in memory at a time, None: by device; changes nothing but rounding
     precision: str = "fp32"  # of the network's arithmetic, or bf16; the bounds are fp32 always
     plain: bool = False  # True: search on the network as it is written down, without the fast room's help
+
+    def check(self, n_train):
+        """Raise ValueError for a setting that cannot be; n_train: how many training images there are."""
+        for name in ("lr", "n_steps", "patience", "micro_batch", "step_images"):
+            if (value := getattr(self, name)) is not None and not value > 0:
+                raise ValueError(f"{name} is {value}; it must be above 0")
+        if not 0 <= self.acc_degrade <= 1:
+            raise ValueError(f"acc_degrade is {self.acc_degrade}; it must be from 0 to 1")
+        if self.step_images and self.step_images > n_train:
+            raise ValueError(f"step_images is {self.step_images}, above the {n_train} training images")
+        if self.precision not in ("fp32", "bf16"):
+            raise ValueError(f"precision is {self.precision!r}; it must be fp32 or bf16")
 
 
 @dataclass
@@ -98,12 +111,14 @@ class AlphaSchedule:
 class Search:
     """A search under way: the bounds, their optimizer, alpha, what has been measured, and the best so far.
 
-    sites: {site: ClippedReLU} of the network; initial_acc: its accuracy without bounds on the validation images.
+    sites: {site: clip} of the network; initial_acc: its accuracy without bounds on the validation images.
     """
 
     def __init__(self, sites, initial_acc, config):
         self.sites, self.initial_acc = sites, initial_acc
         self.bounds = [site.bound for site in sites.values()]
+        for bound in self.bounds:
+            bound.grad = torch.zeros_like(bound)
         self.optimizer = torch.optim.Adam(self.bounds, lr=config.lr, betas=config.betas, eps=config.eps)
         self.schedule = AlphaSchedule(config)
         self.history = {"alpha": [], "ce": [], "reg": [], "valid_acc": []}
@@ -154,34 +169,37 @@ class Search:
 def tighten(model, x_train, y_train, x_valid, y_valid, config=UnitConfig(), callback=None, state=None):
     """Learn a tight upper bound for every neuron's activation; the model itself is left as it is.
 
-    model: images in [0, 1] to logits (N, classes), with an nn.ReLU module of its own at each activation; it casts its
-    input to its weights' type. Images: uint8 (N, 3, H, W) or float in [0, 1], labels int64 (N,), on any device.
+    model: any nn.Module of images in [0, 1] to logits (N, classes), or to an object with `.logits`; it normalizes them
+    itself. Images: uint8 (N, 3, H, W) or float in [0, 1], labels int64 (N,), on any device.
     callback: called after each step with the Search; the search ends early when it returns true.
     state: a Search's state_dict(), to go on from. Under torchrun the processes share the images.
-    Returns a UnitResult; models.set_bounds(model, result.bounds) applies it.
-    Raises ValueError when the network has bounds already, has no nn.ReLU module to clip, or does not run each of them
-    just once. An F.relu or a GELU is no such module: it gets no bound.
+    Returns a UnitResult; models.clipped(model, result.bounds) is the defended network.
+    Raises ValueError for images, labels or settings that cannot be, and for a network that cannot be clipped
+    (models.activation_sites).
     """
-    sites = models.activation_sites(model)
-    if any(isinstance(site, models.ClippedReLU) for site in sites.values()):
-        raise ValueError("the network has bounds already; models.set_bounds(model, None) takes them off")
-    if not sites:
-        raise ValueError("the network has no nn.ReLU module to clip; give each activation a module of its own")
-    device = next(model.parameters()).device
+    config.check(len(x_train))
+    data.check_images(x_train, "training")
+    data.check_images(x_valid, "validation")
+    device = models.weights_device(model)
     size = config.micro_batch or utils.pass_size(device, 100)
-    dtype, n_images = utils.get_dtype(config.precision, device), config.n_steps * (config.step_images or len(y_train))
-    net, layer = fast.search_network(model, dtype, n_images, x_train[:2], config.plain)
+    dtype, n_images = utils.get_dtype(config.precision, device), config.n_steps * (config.step_images or len(x_train))
+    net, sites, layer = fast.search_network(model, x_train[:2], dtype, n_images, config.plain)
+
+    with torch.no_grad():
+        num_classes = net(data.to_float(x_train[:2].to(device))).shape[1]
+    data.check_labels(y_train, len(x_train), num_classes, "training")
+    data.check_labels(y_valid, len(x_valid), num_classes, "validation")
 
     # the start: b = mean + 4 std of each neuron's unclipped activation
     initial_acc = accuracy(net, x_valid, y_valid, size)
-    models.set_bounds(net, initial_bounds(net, x_train, size, config.n_sigma), layer)
-    search = Search(models.activation_sites(net), initial_acc, config)
+    net = models.with_bounds(net, initial_bounds(net, sites, x_train, size, config.n_sigma), layer)
+    search = Search(models.clips_of(net), initial_acc, config)
     if state is not None:
         search.load_state_dict(state)
 
     for step in range(search.step, config.n_steps):
         # L = CE(f_c(x), y) + alpha * R,  c = max(b, 0),  R = sum over sites of mean(c); backward in two parts
-        search.optimizer.zero_grad()
+        search.optimizer.zero_grad(set_to_none=False)  # a bound that no logit depends on has gradient 0
         x, y = draw_images(x_train, y_train, config, step)
         ce = cross_entropy_backward(net, search.bounds, x, y, size)
         alpha, reg = search.schedule.alpha, sum(c.mean() for c in search.clip_levels().values())
@@ -199,14 +217,13 @@ def tighten(model, x_train, y_train, x_valid, y_valid, config=UnitConfig(), call
     return search.result()
 
 
-def initial_bounds(net, x, size, n_sigma):
+def initial_bounds(net, sites, x, size, n_sigma):
     """Return {site: mean + n_sigma * std of its unclipped activation over the images}, (C, H, W), std by n - 1.
 
-    x: the training images, run through the network `size` at a time.
-    Raises ValueError for a site that a forward pass does not run just once.
+    sites: models.activation_sites(net, ...); x: the training images, run through the network `size` at a time.
     """
     device = next(net.parameters()).device
-    moments = models.activation_moments(net, (data.to_float(x_batch.to(device)) for x_batch in x.split(size)))
+    moments = models.activation_moments(net, sites, (data.to_float(x_batch.to(device)) for x_batch in x.split(size)))
     return {name: (mean + n_sigma * std).float() for name, (mean, std) in moments.items()}
 
 
@@ -224,6 +241,8 @@ def cross_entropy_backward(net, bounds, x, y, size):
     n, ce = len(y), torch.zeros((), device=bounds[0].device)
     for x_batch, y_batch in ranks.share(x, y, size, ce.device):
         loss = F.cross_entropy(net(data.to_float(x_batch)).float(), y_batch, reduction="sum") / n
+        if not loss.requires_grad:
+            raise ValueError("no gradient reaches the bounds; the network must not detach its activations")
         loss.backward()
         ce += loss.detach()
     ranks.sum_over_ranks([ce, *(b.grad for b in bounds)])
@@ -262,7 +281,9 @@ def main(argv=None):
     if args.phase == "test":
         if first:
             print(f"before  {path}\n        {measure(model)}\nafter   {out}")
-            print(f"        {measure(utils.load_model(out, device)[0])}")
+            defended = utils.load_model(out, device)[0]
+            print(f"        {measure(defended)}")
+            write_export(defended, args.export)
         return
     if checkpoint["bounds"] is not None:
         raise flags.InputError(f"{path} has bounds already; give --ckpt the victim")
@@ -270,19 +291,18 @@ def main(argv=None):
         raise flags.InputError(f"--out is the victim {path} itself; give another place")
     utils.check_place(out)
     images = inputs.augmented_defense_data(args)
-    if args.step_images and args.step_images > len(images[0]):
-        raise flags.InputError(f"--step_images is above the {len(images[0])} training images; lower it")
     config = UnitConfig(
         **{k: getattr(args, k) for k in ("lr", "n_steps", "step_images", "acc_degrade", "seed")},
         micro_batch=args.micro_batch or utils.pass_size(device, 100),
         precision="fp32" if dtype == torch.float32 else "bf16",
     )
+    inputs.check_search(path, model, config, images)
     victim = {"file": path.name, "sha256": utils.sha256(path), "attack": checkpoint["attack"]}
     settings = {k: getattr(args, k) for k in ("dataset", "data_rate", "draw")} | asdict(config)
     partial = Partial(out, settings | {"victim": victim["sha256"]}, device, args.resume)
     picture, record_at = Path(args.outdir) / f"unit_{args.attack}.png", records.path_of("unit", args, victim)
     if first:
-        for place in (out, picture, record_at):
+        for place in filter(None, (out, picture, record_at, args.export)):
             utils.check_place(place)
         n = f"{len(images[0]):,} training and {len(images[2]):,} validation images"
         before = measure(model)
@@ -306,7 +326,8 @@ def main(argv=None):
         trigger = {k: v.cpu() for k, v in backdoor.state_dict().items()}
         saved |= {"attack": args.attack, "target": args.target, "trigger": trigger}
     utils.save_checkpoint(saved | dict.fromkeys(before._fields), out)  # whatever happens from here on
-    after = measure(models.set_bounds(model, result.bounds))
+    defended = models.clipped(model, result.bounds)
+    after = measure(defended)
     utils.save_checkpoint(saved | after._asdict(), out)
     memory = "" if peak is None else f", {peak:.2f} GiB of memory at most"
     print(f"after   {after}\nstep {result.best_step + 1} of {steps} chosen, {seconds:.1f} s{memory}")
@@ -318,6 +339,7 @@ def main(argv=None):
     figures |= {"R": [result.history["reg"][i] for i in (0, result.best_step)]}
     records.save(record_at, "unit", args, config, victim, device, figures, result.history)
     print(f"wrote {out}, {picture}, {record_at}")
+    write_export(defended, args.export)
     if watch.why is None:
         partial.remove()
         return

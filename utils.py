@@ -233,9 +233,9 @@ def load_model(path, device="cpu"):
         model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in state.items()})
         if checkpoint["bounds"] is not None:
             shapes = {name: tuple(bound.shape) for name, bound in checkpoint["bounds"].items()}
-            if shapes != models.site_shapes(model.eval()):
+            if shapes != models.activation_sites(model.eval(), torch.zeros(2, 3, 32, 32)):
                 raise ValueError("bounds of other sites or shapes")
-            models.set_bounds(model, checkpoint["bounds"])
+            model = models.with_bounds(model, checkpoint["bounds"])
     except (ValueError, RuntimeError, TypeError, AttributeError, KeyError) as error:
         raise InputError(f"{path} does not fit: {' '.join(str(error).split())[:300]}") from None
     return model.to(device, memory_format=torch.channels_last).eval(), checkpoint

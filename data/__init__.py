@@ -8,9 +8,10 @@ from flags import InputError
 
 from . import cifar10
 from .augment import augment, to_float
+from .checks import check_images, check_labels
 from .defense_set import defense_indices, defense_split
 
-__all__ = ["augment", "defense_indices", "defense_split", "load_dataset", "to_float"]
+__all__ = ["augment", "check_images", "check_labels", "defense_indices", "defense_split", "load_dataset", "to_float"]
 
 
 def load_dataset(name, datadir, train):

@@ -23,29 +23,53 @@ from .training import training_copy, training_layout, training_step
 __all__ = ["search_network", "training_copy", "training_layout", "training_step"]
 
 
-def search_network(model, dtype, n_images, probe=None, plain=False):
-    """Return (frozen copy of `model` to search bounds on, class of its clipping activation).
+def search_network(model, x, dtype, n_images, plain=False):
+    """Return (frozen copy of `model` to search bounds on, {site: shape}, class of its clipping modules).
 
-    dtype: of its convolutions, activations and logits; n_images: that pass through it over all steps; probe: a few
-    images (N, 3, H, W) to compare on, None for a ramp of 32x32; plain: whether to leave it at models.frozen_copy() and
-    models.ClippedReLU, the reference.
+    model: any network, see models.activation_sites(), which says what is raised; x: two images (N, 3, H, W) or more;
+    dtype: of its convolutions, activations and logits; n_images: that pass through it over all steps; plain: whether
+    to leave it at models.frozen_copy() and models.ClippedReLU, the reference.
     In bf16 batch norm is folded where that gives the same function; in fp32 it stays, for the folded weights' rounding
-    shows late in a search.
+    shows late in a search. A network that does not cast its input to its weights' type computes under autocast.
     """
-    if plain:
-        return models.frozen_copy(model, dtype), models.ClippedReLU
     device = next(model.parameters()).device
-    net = copy.deepcopy(model).cpu().eval()
+    x, whole = to_float(x.to(device)), models.frozen_copy(model)
+    sites = models.activation_sites(whole, x)
+    net = models.frozen_copy(model, dtype)
+    if not _takes(net, x):
+        return _Door(whole, device, dtype), sites, models.ClippedReLU
+    if plain:
+        return net, sites, models.ClippedReLU
     if dtype != torch.float32:
-        folded = fold_batch_norm(copy.deepcopy(net))
-        probe = torch.linspace(0, 1, 2 * 3 * 32 * 32).view(2, 3, 32, 32) if probe is None else to_float(probe.cpu())
+        folded = fold_batch_norm(copy.deepcopy(whole).cpu()).to(device)
         # a network that does not run each batch norm right after the convolution registered before it stays as it is
         with torch.no_grad():
-            net = folded if torch.allclose(folded(probe), net(probe), rtol=1e-3, atol=1e-3) else net
-    net = models.frozen_copy(net, dtype)
+            net = (
+                models.frozen_copy(folded, dtype) if torch.allclose(folded(x), whole(x), rtol=1e-3, atol=1e-3) else net
+            )
     if dtype == torch.bfloat16 and utils.has_amx(device):
         small_maps_by_products(net, dtype, in_eval=True)
-    net.to(device)
-    if device.type == "cuda":
+    if device.type == "cuda" and models.has_own_modules(net, sites):
         record_passes(net)
-    return net, clip_layer(device, dtype, n_images)
+    return net, sites, clip_layer(device, dtype, n_images)
+
+
+@torch.no_grad()
+def _takes(net, x):
+    """Return whether `net` gives logits for x as it is, its layers in their own type, and no output object."""
+    try:
+        return isinstance(net(x), torch.Tensor)
+    except RuntimeError:  # an input of another type than a layer's weights
+        return False
+
+
+class _Door(torch.nn.Module):
+    """A network that computes under autocast and gives logits, whatever it returns them in."""
+
+    def __init__(self, model, device, dtype):
+        super().__init__()
+        self.model, self.device, self.dtype = model, device, dtype
+
+    def forward(self, x):
+        with utils.autocast(self.device, self.dtype):
+            return models.logits(self.model(x))

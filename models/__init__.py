@@ -7,15 +7,18 @@ in forward order; then a line in NETWORKS, and its name in flags.NETWORKS.
 
 from functools import partial
 
-from .custom_modules import (
-    ClippedReLU,
+from .activations import (
+    ClippedNetwork,
     activation_moments,
     activation_sites,
-    frozen_copy,
-    set_bounds,
-    site_shapes,
+    clipped,
+    clips_of,
+    logits,
+    unclipped,
     watching,
+    with_bounds,
 )
+from .custom_modules import Clip, ClippedReLU, frozen_copy, has_own_modules, set_bounds, weights_device
 from .resnet import BasicBlock, Bottleneck, ResNet
 from .safe_pickle import MAX_CLASSES, MAX_WIDTH, describe_state_dict, read_pickle, unwrap
 
@@ -23,17 +26,25 @@ __all__ = [
     "MAX_CLASSES",
     "MAX_WIDTH",
     "NETWORKS",
+    "Clip",
+    "ClippedNetwork",
     "ClippedReLU",
     "activation_moments",
     "activation_sites",
+    "clipped",
+    "clips_of",
     "describe_state_dict",
     "frozen_copy",
     "get_model",
+    "has_own_modules",
+    "logits",
     "read_pickle",
     "set_bounds",
-    "site_shapes",
+    "unclipped",
     "unwrap",
     "watching",
+    "weights_device",
+    "with_bounds",
 ]
 
 NETWORKS = {

@@ -1,6 +1,5 @@
 """Why bounds work, or do not: where in the network a trigger's activations leave the clean ones, and how far."""
 
-import copy
 from typing import NamedTuple
 
 import torch
@@ -42,13 +41,12 @@ def trigger_effect(model, images, backdoor, n_neurons=6, batch_size=128):
     Returns the `n_neurons` neurons that the trigger moves farthest, one per site at most, as a list of Moved, the
     farthest first; and a list of SiteEffect, one for each site in forward order.
     """
-    bounds = {k: m.clip_level() for k, m in models.activation_sites(model).items() if hasattr(m, "clip_level")}
-    net = models.set_bounds(copy.deepcopy(model).eval(), None)
-    images = images.to(next(net.parameters()).device)
+    bounds = {site: clip.clip_level() for site, clip in models.clips_of(model).items()}
+    net, sites, images = _bare(model, images)
 
     farthest, levels = [], {}
     clean, triggered = (
-        models.activation_moments(net, _batches(images, trigger, batch_size)) for trigger in (None, backdoor)
+        models.activation_moments(net, sites, _batches(images, trigger, batch_size)) for trigger in (None, backdoor)
     )
     for name, (mean, std) in clean.items():
         # a neuron that is all but dead on clean images is no measure of distance
@@ -58,17 +56,17 @@ def trigger_effect(model, images, backdoor, n_neurons=6, batch_size=128):
         levels[name] = torch.stack([mean + 4 * std, bounds[name]] if bounds else [mean + 4 * std])
     chosen = {name: place for _, name, place in sorted(farthest, reverse=True)[:n_neurons]}
 
-    moved, sites = [], []
+    moved, effects = [], []
     (clean, clean_over), (triggered, triggered_over) = (
-        _values(net, images, trigger, batch_size, chosen, levels) for trigger in (None, backdoor)
+        _values(net, sites, images, trigger, batch_size, chosen, levels) for trigger in (None, backdoor)
     )
     for name, place in chosen.items():
         bound = bounds[name][place].item() if bounds else None
         moved.append(Moved(name, place, clean[name], triggered[name], bound))
     for distance, name, _ in farthest:
         (a, *b), (c, *d) = clean_over[name], triggered_over[name]
-        sites.append(SiteEffect(name, distance, a, c, *(b or [None]), *(d or [None])))
-    return moved, sites
+        effects.append(SiteEffect(name, distance, a, c, *(b or [None]), *(d or [None])))
+    return moved, effects
 
 
 def effect_table(sites):
@@ -96,13 +94,13 @@ def tightness_table(model, images, measure):
     images: uint8 (N, 3, H, W), none of the target class; the bounds are at their mean + k std, and the model's own are
     put aside; measure: takes a network and returns its BA, ASR and RA on these images.
     """
-    net = copy.deepcopy(model)
+    net = models.unclipped(model)
     tried = {"none": None}
     for k, bounds in zip(N_SIGMA, uniform_bounds(net, images, N_SIGMA), strict=True):
         tried[f"mean + {k} std"] = bounds
     lines = [f"{'bounds of all neurons':24s} accuracy %   ASR %    RA %"]
     for name, bounds in tried.items():
-        held = measure(models.set_bounds(net, bounds))
+        held = measure(net if bounds is None else models.clipped(net, bounds))
         lines.append(f"{name:24s} {100 * held.BA:10.2f} {100 * held.ASR:7.2f} {100 * held.RA:7.2f}")
     return "\n".join(lines)
 
@@ -112,13 +110,19 @@ def uniform_bounds(model, images, n_sigma, batch_size=128):
     """Return {site: bounds (C, H, W)} at mean + n_sigma * std of the unclipped activations on `images`, for each of
     `n_sigma` in a list: what tightening all neurons alike comes to.
     """
-    net = models.set_bounds(copy.deepcopy(model).eval(), None)
-    images = images.to(next(net.parameters()).device)
-    moments = models.activation_moments(net, _batches(images, None, batch_size))
+    net, sites, images = _bare(model, images)
+    moments = models.activation_moments(net, sites, _batches(images, None, batch_size))
     return [{name: mean + k * std for name, (mean, std) in moments.items()} for k in n_sigma]
 
 
-def _values(net, images, trigger, batch_size, places, levels):
+def _bare(model, images):
+    """Return the network without bounds, its sites, and the images on its device."""
+    net = models.unclipped(model)
+    images = images.to(next(net.parameters()).device)
+    return net, models.activation_sites(net, data.to_float(images[:2])), images
+
+
+def _values(net, sites, images, trigger, batch_size, places, levels):
     """Return {site: activations (N,)} of one neuron in each site of `places`, and {site: [shares]} above `levels`.
 
     levels: {site: (L, C, H, W)}.
@@ -130,8 +134,8 @@ def _values(net, images, trigger, batch_size, places, levels):
         if name in places:
             seen[name].append(a[(slice(None), *places[name])].cpu())
 
-    with models.watching(net, look):
-        for x in _batches(images, trigger, batch_size):
+    for x in _batches(images, trigger, batch_size):
+        with models.watching(sites, len(x), look):
             net(x)
     shares = {k: (n.cpu().double() / (len(images) * levels[k][0].numel())).tolist() for k, n in over.items()}
     return {k: torch.cat(values) for k, values in seen.items()}, shares

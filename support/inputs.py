@@ -8,6 +8,7 @@ import torch
 
 import backdoors
 import data
+import models
 import utils
 from fast import ranks
 
@@ -38,6 +39,15 @@ def load_victim(args, device):
         if differs and ranks.ranks()[0] == 0:
             print(f"note: {path} was trained with {flag} {trained}, measured with {getattr(args, flag)}")
     return path, model, checkpoint, backdoor
+
+
+def check_search(path, model, config, images):
+    """Raise InputError where UNIT cannot search bounds on this network, or by this unit.UnitConfig; images: it sees."""
+    try:
+        config.check(len(images[0]))
+        models.activation_sites(model, data.to_float(images[0][:2].to(models.weights_device(model))))
+    except ValueError as error:
+        raise InputError(f"{path} cannot be defended: {error}") from None
 
 
 def load_trigger(attack, checkpoint, device):

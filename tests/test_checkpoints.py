@@ -24,7 +24,8 @@ from support import inputs
 def random_bounds(model, scale):
     """Bounds of every site's own shape, uniform in [0, scale)."""
     g = torch.Generator().manual_seed(0)
-    return {name: scale * torch.rand(shape, generator=g) for name, shape in models.site_shapes(model).items()}
+    shapes = models.activation_sites(model.eval(), torch.rand(2, 3, 32, 32))
+    return {name: scale * torch.rand(shape, generator=g) for name, shape in shapes.items()}
 
 
 def same(model, other):

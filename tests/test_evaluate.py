@@ -82,7 +82,8 @@ def seen(defense):
 def bounds(tiny):
     """Bounds for the small victim, uniform in [0, 1)."""
     g = torch.Generator().manual_seed(0)
-    return {name: torch.rand(shape, generator=g) for name, shape in models.site_shapes(tiny).items()}
+    shapes = models.activation_sites(tiny.eval(), torch.rand(2, 3, 32, 32))
+    return {name: torch.rand(shape, generator=g) for name, shape in shapes.items()}
 
 
 # --- the figures ------------------------------------------------------------------------------------------------------
@@ -263,7 +264,8 @@ def test_the_shares_beyond_a_level_are_counted_over_all_neurons_and_images(tiny,
 def test_bounds_alike_for_all_neurons(tiny, seen, bounds):
     wide, tight = uniform_bounds(models.set_bounds(tiny, bounds), seen, (4, 1.5), batch_size=30)
     there = {}
-    with models.watching(models.set_bounds(tiny, None), lambda site, a: there.update({site: a})), torch.no_grad():
+    models.set_bounds(tiny, None)
+    with models.watching({k: tuple(b.shape) for k, b in bounds.items()}, len(seen), there.__setitem__), torch.no_grad():
         tiny(data.to_float(seen))
     assert list(wide) == list(tight) == list(there)
     for name, a in there.items():
@@ -277,8 +279,8 @@ def test_the_table_of_tightness_measures_the_network_under_each_of_these_bounds(
     first, totals = list(bounds)[0], []
 
     def measure(net):
-        site = models.activation_sites(net)[first]
-        totals.append(site.clip_level().sum().item() if hasattr(site, "clip_level") else None)
+        clips = models.clips_of(net)
+        totals.append(clips[first].clip_level().sum().item() if clips else None)
         return Measured(0.5, 0.25, 0.125, None, 1, 1, 0)
 
     table = tightness_table(tiny, seen, measure).splitlines()
@@ -287,4 +289,4 @@ def test_the_table_of_tightness_measures_the_network_under_each_of_these_bounds(
     assert all(a > b for a, b in zip(totals[1:], totals[2:], strict=False))
     assert [line.split()[-3:] for line in table[1:]] == [["50.00", "25.00", "12.50"]] * (1 + len(N_SIGMA))
     # the network keeps its own
-    assert torch.equal(models.activation_sites(tiny)[first].bound, bounds[first])
+    assert torch.equal(models.clips_of(tiny)[first].bound, bounds[first])

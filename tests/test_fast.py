@@ -216,9 +216,9 @@ def test_clips_are_compiled_in_long_searches_alone_and_on_a_cpu_in_bf16_alone(mo
 # --- the search's network -------------------------------------------------------------------------------------------
 
 
-def step_of(net, layer, x, y, bounds):
+def step_of(net, _, layer, x, y, bounds):
     """Loss and gradients of a step on the given bounds."""
-    sites = models.activation_sites(models.set_bounds(net, bounds, layer))
+    sites = models.clips_of(models.set_bounds(net, bounds, layer))
     parameters = [site.bound for site in sites.values()]
     ce = unit.cross_entropy_backward(net, parameters, x, y, 30)
     return ce.item(), dict(zip(sites, (p.grad for p in parameters), strict=True))
@@ -227,13 +227,13 @@ def step_of(net, layer, x, y, bounds):
 @pytest.mark.parametrize(("dtype", "rtol", "off"), [(torch.float32, 1e-5, 1e-4), (torch.bfloat16, 0.02, 0.1)])
 def test_the_fast_network_is_the_plain_one(tiny, defense, dtype, rtol, off):
     x, y = defense[0][::8], defense[1][::8]
-    bounds = unit.initial_bounds(tiny, x, 50, 1.0)
-    nets = [fast.search_network(tiny, dtype, 0, plain=plain) for plain in (True, False)]
+    bounds = unit.initial_bounds(tiny, models.activation_sites(tiny, x), x, 50, 1.0)
+    nets = [fast.search_network(tiny, x, dtype, 0, plain=plain) for plain in (True, False)]
     (plain, fast_) = (step_of(*found, x, y, bounds) for found in nets)
     assert fast_[0] == pytest.approx(plain[0], rel=rtol)
     together = [torch.cat([g.flatten() for g in found[1].values()]) for found in (plain, fast_)]
     assert (together[1] - together[0]).norm() < off * together[0].norm()
-    for net, _ in nets:
+    for net, *_ in nets:
         weights = [p for site in net.modules() if not isinstance(site, ClippedReLU) for p in site.parameters(False)]
         assert not any(p.requires_grad for p in weights)
         assert not any(m.training for m in net.modules())
@@ -247,14 +247,14 @@ def test_on_amx_the_last_stage_goes_through_products(monkeypatch, defense):
     torch.manual_seed(0)
     model = models.get_model("resnet18").eval()
     x, y = defense[0][::40], defense[1][::40]
-    bounds = unit.initial_bounds(model, x, 50, 1.0)
-    plain = step_of(*fast.search_network(model, torch.bfloat16, 0, plain=True), x, y, bounds)
+    bounds = unit.initial_bounds(model, models.activation_sites(model, x), x, 50, 1.0)
+    plain = step_of(*fast.search_network(model, x, torch.bfloat16, 0, plain=True), x, y, bounds)
     for amx in (True, False):
         monkeypatch.setattr(utils, "has_amx", lambda _, amx=amx: amx)
-        net, layer = fast.search_network(model, torch.bfloat16, 0)
+        net, sites, layer = fast.search_network(model, x, torch.bfloat16, 0)
         changed = [n for n, m in net.named_modules() if isinstance(m, nn.Conv2d) and type(m) is not nn.Conv2d]
         assert bool(changed) == amx
-        ce, grads = step_of(net, layer, x, y, bounds)
+        ce, grads = step_of(net, sites, layer, x, y, bounds)
         assert ce == pytest.approx(plain[0], rel=0.02)
         for name in ("layer4.0.act2", "layer4.1.act1"):
             assert (grads[name] - plain[1][name]).norm() < 0.25 * plain[1][name].norm()  # the weights are random
@@ -278,7 +278,7 @@ class Odd(nn.Module):
 @pytest.mark.parametrize("channels", [3, 4])
 def test_a_network_in_which_batch_norm_cannot_be_folded_is_left_as_it_is(defense, channels):
     model = Odd(channels).eval()
-    net, _ = fast.search_network(model, torch.bfloat16, 0)
+    net, *_ = fast.search_network(model, defense[2], torch.bfloat16, 0)
     torch.testing.assert_close(net(defense[2]).float(), model(defense[2]), rtol=0.05, atol=0.02)
     result = unit.tighten(model, *defense, unit.UnitConfig(n_steps=1, precision="bf16"))
     assert result.bounds["act"].shape == (channels, 32, 32)
@@ -348,7 +348,8 @@ def test_nothing_is_recorded_while_nothing_is_trained(tiny, defense, recordings)
     x = defense[2][:4]
     assert torch.equal(net(x), models.frozen_copy(tiny)(x))
     assert recordings == []
-    bounds = unit.initial_bounds(net, x, 4, 1.0)  # what looks at the sites is not recorded either
+    # what looks at the sites is not recorded either
+    bounds = unit.initial_bounds(net, models.activation_sites(net, x), x, 4, 1.0)
     assert recordings == []
     models.set_bounds(net, bounds)  # a network frozen so far may still be changed
     assert torch.equal(net(x), models.set_bounds(models.frozen_copy(tiny), bounds)(x))
@@ -363,8 +364,8 @@ def test_a_recorded_search_is_the_search(tiny, defense, recordings, monkeypatch)
     search_network = fast.search_network
 
     def recorded(*args):
-        net, layer = search_network(*args)
-        return record_passes(net), layer
+        net, *rest = search_network(*args)
+        return record_passes(net), *rest
 
     monkeypatch.setattr(fast, "search_network", recorded)
     ours = unit.tighten(tiny, *data, config)

@@ -15,7 +15,7 @@ from backdoors import TRIGGERS, get_backdoor, poison_training_set
 from defenses import DEFENSES, bcu, dbd, simclr, ulrl
 from evaluate import evaluate
 from fast.clip import FastClippedReLU
-from models import activation_sites, set_bounds
+from models import activation_sites, clips_of, set_bounds
 
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda")
@@ -169,12 +169,12 @@ def test_the_clips_kernels_are_the_clip(dtype):
 
 def test_the_evaluator_agrees_with_the_cpu(tiny):
     images, labels = data.load_dataset("cifar10_sample", None, train=False)
-    set_bounds(tiny, unit.initial_bounds(tiny, images[:200], 100, 4.0))
+    set_bounds(tiny, unit.initial_bounds(tiny, activation_sites(tiny, images[:2] / 255), images[:200], 100, 4.0))
     cpu = evaluate(tiny, images[:500], labels[:500], get_backdoor("wanet"), 0)
     gpu = evaluate(tiny.to(CUDA), images[:500], labels[:500], get_backdoor("wanet"), 0)
     for figure in ("BA", "ASR", "RA"):
         assert abs(getattr(gpu, figure) - getattr(cpu, figure)) < 0.003
-    assert all(site.bound.is_cuda for site in activation_sites(tiny).values())
+    assert all(site.bound.is_cuda for site in clips_of(tiny).values())
 
 
 # --- other defenses -------------------------------------------------------------------------------------------------

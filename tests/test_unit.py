@@ -5,7 +5,10 @@ import flags
 import copy
 import io
 import json
+import math
+import types
 from dataclasses import replace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -107,7 +110,7 @@ def check_choice(result, model, defense, golden):
     regs = [r if ok else np.inf for r, ok in zip(result.history["reg"], good, strict=True)]
     assert result.best_step == int(np.argmin(regs))
     assert all((b >= 0).all() for b in result.bounds.values())
-    assert list(result.bounds) == list(models.activation_sites(model))
+    assert list(result.bounds) == list(models.activation_sites(model, defense[2][:2]))
     models.set_bounds(model, result.bounds)
     accuracy = (model(defense[2]).argmax(1) == defense[3]).float().mean().item()
     assert accuracy == pytest.approx(result.history["valid_acc"][result.best_step], abs=1e-6)
@@ -129,7 +132,8 @@ def test_the_first_steps_are_those_of_the_literal_loop(tiny, some, golden):
     x_train, y_train = some[:2]
     net = copy.deepcopy(tiny).double().requires_grad_(False)
     seen = {}
-    with models.watching(net, seen.__setitem__), torch.no_grad():
+    sites = models.activation_sites(tiny, x_train[:2])
+    with models.watching(sites, len(x_train), seen.__setitem__), torch.no_grad():
         net(x_train.double())
     for name, a in seen.items():
         net.set_submodule(name, Literal(a.mean(0) + 4 * a.std(0)))
@@ -148,10 +152,10 @@ def test_the_first_steps_are_those_of_the_literal_loop(tiny, some, golden):
 
 
 def test_the_gradient_is_that_of_double_precision_where_many_neurons_are_clipped(untouched, defense, golden):
-    bounds = dict(zip(models.activation_sites(untouched), (b for _, b in best_bounds(golden)), strict=True))
     x, y = defense[0][::4], defense[1][::4]
-    net, layer = fast.search_network(untouched, torch.float32, 0)
-    parameters = [site.bound for site in models.activation_sites(models.set_bounds(net, bounds, layer)).values()]
+    net, sites, layer = fast.search_network(untouched, x[:2], torch.float32, 0)
+    bounds = dict(zip(sites, (b for _, b in best_bounds(golden)), strict=True))
+    parameters = [clip.bound for clip in models.clips_of(models.set_bounds(net, bounds, layer)).values()]
     ce = unit.cross_entropy_backward(net, parameters, x, y, 30)
     exact = copy.deepcopy(untouched).double()
     for name, bound in bounds.items():
@@ -170,15 +174,16 @@ def test_the_gradient_is_that_of_double_precision_where_many_neurons_are_clipped
 def test_bounds_start_at_mean_plus_four_sigma(tiny, defense):
     """Of the activations over all images, however many pass at a time."""
     x, seen = defense[0][:200], {}
-    with models.watching(tiny, seen.__setitem__), torch.no_grad():
+    sites = models.activation_sites(tiny, x)
+    with models.watching(sites, len(x), seen.__setitem__), torch.no_grad():
         tiny(x)
     want = {name: a.double().mean(0) + 4 * a.double().std(0) for name, a in seen.items()}
     for size in (200, 64):
-        got = unit.initial_bounds(tiny, x, size, 4.0)
-        assert list(want) == list(got) == list(models.activation_sites(tiny))
+        got = unit.initial_bounds(tiny, sites, x, size, 4.0)
+        assert list(want) == list(got) == list(sites)
         for name in want:
             torch.testing.assert_close(got[name].double(), want[name], rtol=1e-4, atol=1e-5)
-    one = unit.initial_bounds(tiny, x[:1], 64, 4.0)  # a single image has no spread
+    one = unit.initial_bounds(tiny, sites, x[:1], 64, 4.0)  # a single image has no spread
     torch.testing.assert_close(one["act"], seen["act"][0], rtol=1e-5, atol=1e-6)
 
 
@@ -188,7 +193,8 @@ def test_r_is_the_sum_of_the_mean_bounds_of_the_sites_before_a_step(tiny, some, 
         tiny, *some, tiny_config(golden, n_steps=2),
         lambda search: seen.append(sum(c.mean().item() for c in search.clip_levels().values())),
     )  # fmt: skip
-    start = unit.initial_bounds(tiny, some[0], 50, 4.0)
+    sites = models.activation_sites(tiny, some[0])
+    start = unit.initial_bounds(tiny, sites, some[0], 50, 4.0)
     assert result.history["reg"][0] == pytest.approx(sum(b.relu().mean().item() for b in start.values()), rel=1e-5)
     assert result.history["reg"][1] == pytest.approx(seen[0], rel=1e-5)
 
@@ -294,7 +300,7 @@ def test_the_start_is_of_all_images_and_each_step_of_its_own(tiny, some, golden,
     seen, forward = [], models.resnet.ResNet.forward
 
     def keep(net, x):
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and models.clips_of(net):
             seen.append(x)
         return forward(net, x)
 
@@ -319,7 +325,8 @@ def test_a_step_is_of_its_images_alone_and_micro_batches_give_the_same_sum(tiny,
         for name in ours:
             torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=1e-5)
     ce = tighten(tiny, *some, replace(config, n_steps=1)).history["ce"][0]
-    for name, bound in unit.initial_bounds(tiny, some[0], 50, 4.0).items():
+    sites = models.activation_sites(tiny, some[0])
+    for name, bound in unit.initial_bounds(tiny, sites, some[0], 50, 4.0).items():
         tiny.set_submodule(name, Literal(bound))
     chosen = drawn(50, config, 0)
     assert ce == pytest.approx(F.cross_entropy(tiny(some[0][chosen]), some[1][chosen]).item(), rel=1e-5)
@@ -426,34 +433,129 @@ def test_a_network_that_is_no_resnet_is_taken(some, precision):
     assert [tuple(b.shape) for b in result.bounds.values()] == [(4, 32, 32), (6,)]
 
 
-def test_what_cannot_be_clipped_is_said(tiny, some):
-    models.set_bounds(tiny, tighten(tiny, *some, UnitConfig(n_steps=1)).bounds)
-    with pytest.raises(ValueError, match="already"):
-        tighten(tiny, *some, UnitConfig(n_steps=1))
-    model = models.get_model("resnet18", width=1 / 16, act_layer=torch.nn.GELU)
-    with pytest.raises(ValueError, match="no nn.ReLU"):
-        tighten(model, *some, UnitConfig(n_steps=1))
+def test_a_network_that_has_bounds_already_is_refused(tiny, some):
+    bounds = tighten(tiny, *some, UnitConfig(n_steps=1)).bounds
+    for defended in (models.clipped(tiny, bounds), models.set_bounds(tiny, bounds)):
+        with pytest.raises(ValueError, match="already"):
+            tighten(defended, *some, UnitConfig(n_steps=1))
 
 
 class Shared(torch.nn.Module):
-    """Runs its one activation module as often as it is told; between layers of as many channels, or of more each."""
+    """One activation module that runs three times, then a function; and logits within an output object."""
 
-    def __init__(self, times, growth=0):
+    def __init__(self):
         super().__init__()
-        self.times = times
-        channels = [3, *(3 + i * growth for i in range(3))]
-        self.convs = torch.nn.ModuleList(torch.nn.Conv2d(*channels[i : i + 2], 3, padding=1) for i in range(3))
-        self.act = torch.nn.ReLU()
-        self.linear = torch.nn.Linear(channels[-1], 10)
+        self.convs = torch.nn.ModuleList(torch.nn.Conv2d(c, 5, 3, padding=1) for c in (3, 5, 5))
+        self.act = torch.nn.ReLU(inplace=True)
+        self.linear = torch.nn.Linear(5, 10)
 
     def forward(self, x):
-        for i, conv in enumerate(self.convs):
-            x = self.act(conv(x)) if i < self.times else conv(x)
-        return self.linear(x.mean((2, 3)))
+        for conv in self.convs:
+            x = self.act(conv(x))
+        return types.SimpleNamespace(logits=self.linear(F.gelu(x.mean((2, 3)))))
 
 
-@pytest.mark.parametrize(("times", "growth"), [(0, 0), (2, 0), (3, 0), (3, 1)])
-def test_an_activation_that_does_not_run_just_once_is_refused(some, times, growth):
-    with pytest.raises(ValueError, match="does not run act just once"):
-        tighten(Shared(times, growth).eval(), *some, UnitConfig(n_steps=1))
-    assert len(tighten(Shared(1, growth).eval(), *some, UnitConfig(n_steps=1)).bounds) == 1
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_any_network_is_searched_on_as_the_literal_loop_does(some, precision):
+    """Shared modules, functions and output objects: the first steps are those of autograd on a network written out."""
+    torch.manual_seed(0)
+    model = Shared().eval()
+    x_train, y_train, *_ = some
+    levels = levels_of(model, some, UnitConfig(n_steps=3, lr=0.01, precision=precision, micro_batch=20))
+    assert list(levels[0]) == ["act", "act#2", "act#3", "root"]
+
+    def run(bounds):
+        a, seen = x_train, []
+        for i, conv in enumerate(model.convs):
+            seen.append(conv(a).relu())
+            a = torch.minimum(seen[-1], bounds[i].relu()) if bounds else seen[-1]
+        seen.append(F.gelu(a.mean((2, 3))))
+        return model.linear(torch.minimum(seen[-1], bounds[3].relu()) if bounds else seen[-1]), seen
+
+    with torch.no_grad():
+        bounds = [(a.mean(0) + 4 * a.std(0)).requires_grad_() for a in run(None)[1]]
+    optimizer = torch.optim.Adam(bounds, lr=0.01, betas=(0.5, 0.9))
+    for level in levels:
+        optimizer.zero_grad()
+        reg = sum(b.relu().mean() for b in bounds)
+        (F.cross_entropy(run(bounds)[0], y_train) + 1e-3 * reg).backward()
+        optimizer.step()
+        for found, bound in zip(level.values(), bounds, strict=True):
+            far = (found - bound.relu()).abs() > (1e-4 if precision == "fp32" else 0.02)
+            assert far.double().mean() < 0.01
+
+
+def test_both_ways_to_clip_our_resnets_agree(tiny, some):
+    """By the modules that set_bounds() puts in, and by the calls, as any other network."""
+    config = UnitConfig(n_steps=3, lr=0.01, micro_batch=30)
+    by_modules = tighten(tiny, *some, config)
+    with mock.patch.object(models.activations, "has_own_modules", return_value=False):
+        by_calls = tighten(tiny, *some, config)
+    for key in by_modules.history:
+        assert by_calls.history[key] == pytest.approx(by_modules.history[key], rel=1e-5)
+    assert list(by_calls.bounds) == list(by_modules.bounds)
+    x = some[2]
+    clipped = models.clipped(tiny, by_calls.bounds)
+    with torch.no_grad():
+        assert torch.equal(clipped(x), models.set_bounds(copy.deepcopy(tiny), by_calls.bounds)(x))
+
+
+class Detached(torch.nn.Module):
+    """No gradient gets through it."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.linear = torch.nn.Conv2d(3, 4, 3), torch.nn.Linear(4, 10)
+
+    def forward(self, x):
+        return self.linear(F.relu(self.conv(x)).mean((2, 3)).detach())
+
+
+def replaced(some, i, value):
+    return (*some[:i], value, *some[i + 1 :])
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda d: replaced(replaced(d, 2, d[2][:0]), 3, d[3][:0]), "no validation images"),
+        (lambda d: replaced(d, 0, d[0] * 255), "beyond \\[0, 1\\]"),
+        (lambda d: replaced(d, 2, d[2] - 0.5), "beyond \\[0, 1\\]"),
+        (lambda d: replaced(d, 0, d[0] / 0 * 0), "NaN"),
+        (lambda d: replaced(d, 1, d[1].int()), "int64"),
+        (lambda d: replaced(d, 3, d[3].float()), "int64"),
+        (lambda d: replaced(d, 1, d[1] + 1), "10 classes"),
+        (lambda d: replaced(d, 3, d[3] - 1), "10 classes"),
+        (lambda d: replaced(d, 1, d[1][:-1]), "labels"),
+        (lambda d: replaced(d, 0, d[0][0]), "N, 3, H, W"),
+        (lambda d: replaced(d, 0, d[0].to(torch.int32)), "uint8"),
+    ],
+)
+def test_images_and_labels_that_cannot_be_are_said(tiny, some, change, said):
+    with pytest.raises(ValueError, match=said):
+        tighten(tiny, *change(some), UnitConfig(n_steps=1))
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ({"n_steps": 0}, "n_steps"), ({"precision": "fp16"}, "fp32 or bf16"), ({"lr": 0.0}, "lr"),
+        ({"step_images": 0}, "step_images"), ({"step_images": 10**6}, "step_images"),
+        ({"micro_batch": 0}, "micro_batch"), ({"acc_degrade": math.nan}, "acc_degrade"),
+    ],
+)  # fmt: skip
+def test_settings_that_cannot_be_are_said(tiny, some, setting, said):
+    with pytest.raises(ValueError, match=said):
+        tighten(tiny, *some, UnitConfig(**{"n_steps": 1} | setting))
+
+
+def test_networks_that_cannot_be_searched_on_are_said(tiny, some):
+    one = UnitConfig(n_steps=1)
+    with pytest.raises(ValueError, match="float32"):
+        tighten(copy.deepcopy(tiny).half(), *some, one)
+    with pytest.raises(ValueError, match="no gradient"):
+        tighten(Detached(), *some, one)
+    with pytest.raises(ValueError, match="no activation"):
+        tighten(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3072, 10)), *some, one)
+    with pytest.raises(ValueError, match="not logits"):
+        tighten(torch.nn.Conv2d(3, 4, 3), *some, one)

@@ -39,7 +39,8 @@ class PlainClip(nn.Module):
 def authors_net(model, x):
     """Return (the network with its starting bounds, these), from all images at once."""
     net, seen = copy.deepcopy(model), {}
-    with models.watching(net, seen.__setitem__), torch.no_grad():
+    sites = models.activation_sites(net, x[:2])
+    with models.watching(sites, len(x), seen.__setitem__), torch.no_grad():
         net(x)
     for name, a in seen.items():
         net.set_submodule(name, PlainClip(a.mean(0) + 4 * a.std(0)))
@@ -69,8 +70,8 @@ def our_passes(model, data, bounds, dtype, size, plain_clip=False, compiled=True
     with contextlib.ExitStack() as left_out:
         for name, stand_in in without.items():
             left_out.enter_context(mock.patch.object(fast, name, stand_in))
-        net, layer = fast.search_network(model, dtype, 10**9 if compiled else 0)
-    sites = models.activation_sites(models.set_bounds(net, bounds, models.ClippedReLU if plain_clip else layer))
+        net, _, layer = fast.search_network(model, data[0][:2], dtype, 10**9 if compiled else 0)
+    sites = models.clips_of(models.set_bounds(net, bounds, models.ClippedReLU if plain_clip else layer))
     parameters = [site.bound for site in sites.values()]
     return lambda: utils.repeatable()(unit.cross_entropy_backward)(net, parameters, *data, size)
 
@@ -92,7 +93,7 @@ def main():
     bench.ratios("loop / tighten", *t.values())
 
     net, _ = authors_net(model, x)
-    bounds = unit.initial_bounds(model, x, size, 4.0)
+    bounds = unit.initial_bounds(model, models.activation_sites(model, x[:2]), x, size, 4.0)
     variants = {"all of the fast room": {}, "without folding": {"fold_batch_norm": lambda net: net}}
     variants["without products"] = {"small_maps_by_products": lambda net, *_, **__: net}
     if args.device.type == "cuda":

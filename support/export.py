@@ -1,0 +1,26 @@
+"""A network as a file that runs wherever torch does, without this project."""
+
+import copy
+import io
+from pathlib import Path
+
+import torch
+
+import utils
+
+
+def write_export(model, path, size=32):
+    """Write `model`, with its bounds and its normalization, to `path` by torch.export, whole or not at all, and say so.
+
+    What is written takes float images (N, 3, size, size) in [0, 1], of any N, to logits (N, classes), in fp32 on a CPU:
+    `torch.export.load(path).module()(images)`. Nothing happens where `path` is None.
+    """
+    if path is None:
+        return
+    model = copy.deepcopy(model).cpu().float().eval().to(memory_format=torch.contiguous_format)
+    images, file = torch.rand(2, 3, size, size), io.BytesIO()
+    with torch.no_grad():
+        program = torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim("n")},), strict=False)
+    torch.export.save(program, file)
+    utils.write_whole(path, lambda p: Path(p).write_bytes(file.getvalue()))
+    print(f"wrote {path}: torch.export.load({str(path)!r}).module() takes images in [0, 1] to logits")
