@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 
 import data
+import models
 import utils
 from support import activations, inputs, plots
 
@@ -48,9 +49,9 @@ class Measured(NamedTuple):
 def evaluate(model, images, labels, backdoor, target, batch_size=128, dtype=torch.float32):
     """Measure BA on all images, ASR and RA on the triggered images of every class but `target`.
 
-    model: images in [0, 1] to logits (N, num_classes), put into eval mode; images: uint8 (N, 3, H, W), or float in
-    [0, 1]; labels: int64 (N,); backdoor: the trigger, or None to measure clean images alone; batch_size: images at a
-    time, on a GPU 1,000 at least; dtype: what autocast computes in.
+    model: images in [0, 1] to logits (N, num_classes) or an object with `.logits`, put into eval mode; images: uint8
+    (N, 3, H, W), or float in [0, 1]; labels: int64 (N,); backdoor: the trigger, or None to measure clean images alone;
+    batch_size: images at a time, on a GPU 1,000 at least; dtype: what autocast computes in.
     Returns a Measured. Raises ValueError without images, and without one of another class than the target.
     """
     if len(images) == 0:
@@ -68,7 +69,7 @@ def evaluate(model, images, labels, backdoor, target, batch_size=128, dtype=torc
                 if trigger is not None:
                     with torch.autocast(device.type, enabled=False):
                         x = trigger(x).contiguous(memory_format=torch.channels_last)
-                classes.append(model(x).argmax(1))
+                classes.append(models.logits(model(x)).argmax(1))
         return torch.cat(classes)
 
     def share(hits):

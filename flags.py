@@ -11,6 +11,7 @@ import math
 import os
 import signal
 import sys
+import warnings
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
@@ -202,6 +203,7 @@ def keep_freed_memory():
 def run(main):
     """Call `main()` as a command: turn its outcome into an exit status and leave the process with it."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    warnings.formatwarning = lambda message, *_args, **_kwargs: f"note: {message}\n"
     keep_freed_memory()
     try:
         main()

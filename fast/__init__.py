@@ -34,8 +34,10 @@ def search_network(model, x, dtype, n_images, plain=False):
     """
     device = next(model.parameters()).device
     x, whole = to_float(x.to(device)), models.frozen_copy(model)
+    if not plain:
+        _keep_inputs(whole, x)
     sites = models.activation_sites(whole, x)
-    net = models.frozen_copy(model, dtype)
+    net = models.frozen_copy(whole, dtype)
     if not _takes(net, x):
         return _Door(whole, device, dtype), sites, models.ClippedReLU
     if plain:
@@ -52,6 +54,20 @@ def search_network(model, x, dtype, n_images, plain=False):
     if device.type == "cuda" and models.has_own_modules(net, sites):
         record_passes(net)
     return net, sites, clip_layer(device, dtype, n_images)
+
+
+@torch.no_grad()
+def _keep_inputs(net, x):
+    """Let the modules of `net` that overwrite their input keep it, where the logits for x stay the same to the bit.
+
+    Each activation that is clipped in place of its input costs a pass over memory more.
+    """
+    before, changed = models.logits(net(x)), [m for m in net.modules() if getattr(m, "inplace", False) is True]
+    for module in changed:
+        module.inplace = False
+    if not torch.equal(models.logits(net(x)), before):  # what is overwritten is used again
+        for module in changed:
+            module.inplace = True
 
 
 @torch.no_grad()

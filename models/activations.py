@@ -55,7 +55,7 @@ class _Calls(TorchFunctionMode):
         finally:
             self.within = False
         a = self.at(a)
-        return a if target is None else target.copy_(a)
+        return a if target is None or a is target else target.copy_(a)
 
 
 def _is_relu(args, kwargs):
@@ -66,12 +66,14 @@ def _is_relu(args, kwargs):
 
 
 def _out_of_place(function, args, kwargs):
-    """Return (the activation, the tensor that was to be overwritten by it or None); nothing is overwritten yet."""
+    """Return (the activation, the tensor that is to be overwritten by it or None); with gradients, it is not yet."""
     plain = IN_PLACE.get(function, function)
     given = SIGNATURES[plain].bind(*args, **kwargs) if plain in SIGNATURES else None
     if plain is function and not (given and given.arguments.get("inplace")):
         return function(*args, **kwargs), None
     target = args[0] if args else kwargs["input"]
+    if not torch.is_grad_enabled():
+        return function(*args, **kwargs), target
     if plain in (torch.relu, F.relu):  # whose gradient needs no input
         return torch.relu(target), target
     given.arguments |= {"input": target.clone(), "inplace": False}

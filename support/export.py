@@ -17,7 +17,9 @@ def write_export(model, path, size=32):
     """
     if path is None:
         return
-    model = copy.deepcopy(model).cpu().float().eval().to(memory_format=torch.contiguous_format)
+    model = copy.deepcopy(model).cpu().float().eval()
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = tensor.data.contiguous()
     images, file = torch.rand(2, 3, size, size), io.BytesIO()
     with torch.no_grad():
         program = torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim("n")},), strict=False)

@@ -133,11 +133,41 @@ def test_a_victim_from_elsewhere_is_saved_to_the_last_bit(tiny, tmp_path, capsys
     assert printed in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("flag", ["--out", "--outdir", "--results"])
+ALONE = """
+import sys
+import torch
+program = torch.export.load(sys.argv[1]).module()
+images = torch.load(sys.argv[2])
+torch.save([program(images), program(images[:1])], sys.argv[3])
+assert "models" not in sys.modules
+"""
+
+
+def test_an_exported_model_needs_torch_alone(victim_file, tmp_path, capsys):
+    """Loaded in another folder by an interpreter that sees nothing of this project."""
+    images = torch.rand(5, 3, 32, 32)
+    torch.save(images, tmp_path / "images.pt")
+    export = ["--export", str(tmp_path / "a.pt2")]
+    run_unit(victim_file, tmp_path, "--n_steps", "1", "--data_rate", "0.2", *export)
+    assert f"wrote {tmp_path / 'a.pt2'}" in capsys.readouterr().out
+    command = [sys.executable, "-I", "-c", ALONE, "a.pt2", "images.pt", "logits.pt"]
+    subprocess.run(command, cwd=tmp_path, check=True)
+    whole, one = torch.load(tmp_path / "logits.pt")
+    with torch.no_grad():
+        want = utils.load_model(tmp_path / "d.pt")[0](images)
+    torch.testing.assert_close(whole, want, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(one, want[:1], rtol=1e-4, atol=1e-4)
+
+    first = (tmp_path / "a.pt2").stat().st_mtime_ns
+    run_unit(victim_file, tmp_path, "--phase", "test", *export)
+    assert (tmp_path / "a.pt2").stat().st_mtime_ns > first
+
+
+@pytest.mark.parametrize("flag", ["--out", "--outdir", "--results", "--export"])
 def test_a_place_that_cannot_be_written_is_said_before_the_search(victim_file, tmp_path, flag, monkeypatch):
     monkeypatch.setattr(unit, "tighten", lambda *_args: pytest.fail("the search began"))
     (tmp_path / "file").write_text("")
-    bad = {"--out": tmp_path, "--outdir": tmp_path / "file" / "x", "--results": tmp_path / "file"}[flag]
+    bad = {"--out": tmp_path, "--outdir": tmp_path / "file" / "x", "--results": tmp_path / "file"}.get(flag, tmp_path)
     with pytest.raises(InputError, match="cannot write"):
         run_unit(victim_file, tmp_path, flag, str(bad))
     before = victim_file.read_bytes()
