@@ -72,7 +72,7 @@ def _out_of_place(function, args, kwargs):
     if plain is function and not (given and given.arguments.get("inplace")):
         return function(*args, **kwargs), None
     target = args[0] if args else kwargs["input"]
-    if not torch.is_grad_enabled():
+    if not torch.is_grad_enabled() and not torch.jit.is_tracing():  # a trace holds for both
         return function(*args, **kwargs), target
     if plain in (torch.relu, F.relu):  # whose gradient needs no input
         return torch.relu(target), target

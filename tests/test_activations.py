@@ -253,6 +253,19 @@ def test_a_clipped_network_is_saved_and_loaded_by_its_state_dict(tiny, defended)
     assert models.unclipped(again) is again.model
 
 
+@pytest.mark.parametrize("gradients", [True, False])
+def test_a_network_that_works_in_place_can_be_traced(gradients):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(inplace=True), nn.Flatten(), nn.SiLU(inplace=True)).eval()
+    model.append(nn.Linear(64, 10))
+    x = torch.rand(5, 3, 6, 6)
+    bounds = {k: 0.3 * torch.rand(s) for k, s in models.activation_sites(model, x).items()}
+    clipped = models.clipped(model, bounds)
+    with torch.set_grad_enabled(gradients):
+        traced = deprecated(torch.jit.trace, clipped, x)
+    torch.testing.assert_close(traced(x[:2]), clipped(x[:2]))
+
+
 def test_a_clipped_network_can_be_traced_and_exported(defended):
     x = torch.rand(3, 3, 32, 32)
     with torch.no_grad():
