@@ -164,6 +164,7 @@ def poisoned_set(images, labels, poison, backdoor, batch_size=1000):
 
 def train_by_dbd(args, config, device, dtype):
     """Train a network with DBD on a `fixed` poisoned set: the images lie on a disk with the trigger on them."""
+    args.attack, args.network, said = str(args.attack), str(args.network), inputs.new_network(args)
     tag = utils.network_tag(args.network, args.width)
     out = Path(args.out or utils.CKPT / f"{args.dataset}_{tag}_{args.attack}_dbd.pt")
     if args.attack != "none" and TRIGGERS[args.attack].sampling == "in_batch":
@@ -185,11 +186,13 @@ def train_by_dbd(args, config, device, dtype):
     print(f"{args.dataset}, {tag}, {args.attack} -> {args.target}, {len(poison.indices):,} of {len(images):,} poisoned")
 
     torch.manual_seed(args.seed)
-    network = models.get_model(args.network, 10, args.width).to(device)
+    network = models.get_model(args.network, 10, args.width, mean=said["mean"], std=said["std"]).to(device)
+    if not isinstance(getattr(network, "linear", None), torch.nn.Linear):
+        raise InputError(f"dbd takes a network whose last layer is named `linear`; {args.network}'s is not")
     dbd.initialize(network)
     network.to(memory_format=training_layout(network))
     keys = ("dataset", "network", "attack", "seed", "target", "width", "poison_rate")
-    settings = {k: getattr(args, k) for k in keys} | {"precision": str(dtype)} | asdict(config)
+    settings = {k: getattr(args, k) for k in keys} | said | {"precision": str(dtype)} | asdict(config)
     partial = Partial(out, settings, device, args.resume)
     print(partial.said().strip() or "stage 1 of 3", flush=True)
     history = partial.state["history"] if partial.state else {}
@@ -216,7 +219,7 @@ def train_by_dbd(args, config, device, dtype):
     seconds, state = partial.seconds_so_far(), rounded(network)
     after = measure()
     about = {k: getattr(args, k) for k in ("dataset", "network", "width", "attack", "target", "seed")}
-    about |= {"num_classes": 10, "poison_rate": poison.rate, "poison_indices": poison.indices.to(torch.int32)}
+    about |= said | {"num_classes": 10, "poison_rate": poison.rate, "poison_indices": poison.indices.to(torch.int32)}
     about |= {"trigger": None if backdoor is None else {k: v.cpu() for k, v in backdoor.state_dict().items()}}
     made = {"bounds": None, "state_dict": state, "defense": {"name": "dbd", **asdict(config)}}
     utils.save_checkpoint({**about, **made, **after._asdict()}, out)

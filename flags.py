@@ -17,7 +17,19 @@ ROOT = Path(__file__).resolve().parent
 RESULTS = ROOT / "results"
 
 DATASETS = ("cifar10", "cifar10_sample")
-NETWORKS = ("resnet18", "resnet34", "resnet50")
+NETWORKS = ("resnet18", "resnet34", "resnet50", "preactresnet18", "vgg11", "vgg13", "vgg16", "vgg19")
+NETWORKS += ("wideresnet16", "wideresnet28", "vit")
+LIBRARIES = ("torchvision", "timm")  # whose networks are known as torchvision:NAME, timm:NAME
+# what images in [0, 1] are normalized with, (mean, std) per color channel, by whom
+NORMALIZATIONS = {
+    "authors": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
+    "backdoorbench": ((0.4914, 0.4822, 0.4465), (0.247, 0.243, 0.261)),
+    "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+    "tiny": ((0.4802, 0.4481, 0.3975), (0.2302, 0.2265, 0.2262)),
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+    "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
+}
 DEFENSES = ("ft", "bcu", "ulrl")  # the baselines that start from a victim, as defenses/ has them
 ATTACKS = ("badnet", "wanet", "reflection", "blended", "adaptive_blend", "blend", "cl", "composite", "dynamic")
 ATTACKS += ("filter", "input_aware", "lira", "patch", "sig", "trojnn")
@@ -25,6 +37,10 @@ ATTACKS += ("filter", "input_aware", "lira", "patch", "sig", "trojnn")
 
 class InputError(ValueError):
     """Bad input that the user can mend; its message is one line that says what to do."""
+
+
+class Unsaid(str):
+    """The default of a flag that the user did not give, where that makes a difference; else a string like any."""
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -68,12 +84,53 @@ POSITIVE = bounded(float, 0, low_open=True)
 SEED = bounded(int, 0, 2**32 - 1)
 
 
+def network(text):
+    """Return the name of a network: one of NETWORKS, or torchvision:NAME, timm:NAME."""
+    library, colon, name = text.partition(":")
+    if text not in NETWORKS and not (library in LIBRARIES and colon and name):
+        choices = ", ".join((*NETWORKS, *(f"{library}:NAME" for library in LIBRARIES)))
+        raise argparse.ArgumentTypeError(f"invalid choice: {text!r} (choose from {choices})")
+    return text
+
+
+def _of_normalization(text):
+    """Return a number, or the name of a normalization, or `auto`."""
+    return text if text in (*NORMALIZATIONS, "auto") else bounded(float)(text)
+
+
+def normalization(args):
+    """Return (mean, std) by --mean and --std, "auto", or None where they say nothing. Raises InputError."""
+    mean, std = args.mean, args.std
+    names = {v for values in (mean, std) for v in values or () if isinstance(v, str)}
+    if mean is None and std is None:
+        return None
+    if not names and mean and std and len(mean) == len(std) == 3 and min(std) > 0:
+        return tuple(mean), tuple(std)
+    if len(names) == 1 and all(values is None or len(values) == 1 for values in (mean, std)):
+        (name,) = names
+        if all(values in (None, [name]) for values in (mean, std)):
+            return name if name == "auto" else NORMALIZATIONS[name]
+    known = ", ".join((*NORMALIZATIONS, "auto"))
+    raise InputError(f"give --mean and --std three numbers each, std above 0, or --mean alone one of {known}")
+
+
 def _common(p):
     """Add the flags that every command on a network has; names and defaults are the authors'."""
     p.add_argument("--datadir", default=str(ROOT / "data"), help="folder of the data sets")
     p.add_argument("--dataset", default="cifar10", choices=DATASETS, help="cifar10_sample is embedded: no download")
-    p.add_argument("--network", default="resnet18", choices=NETWORKS, help="network of the victim")
-    p.add_argument("--attack", default="badnet", choices=("none", *ATTACKS), help="none: a clean or unknown network")
+    p.add_argument(
+        "--network", default=Unsaid("resnet18"), type=network, metavar="NAME",
+        help=f"network of the victim: {', '.join(NETWORKS)}, torchvision:NAME, timm:NAME",
+    )  # fmt: skip
+    p.add_argument(
+        "--attack", default=Unsaid("badnet"), choices=("none", "file", *ATTACKS),
+        help="none: a clean or unknown network; file: the triggered images that come with the checkpoint",
+    )  # fmt: skip
+    for name, usual in (("mean", "what the checkpoint says, else the best of the known"), ("std", "that of --mean")):
+        p.add_argument(
+            f"--{name}", nargs="+", type=_of_normalization, metavar="VALUE",
+            help=f"normalization: three numbers or {', '.join(NORMALIZATIONS)}, auto (default: {usual})",
+        )  # fmt: skip
     p.add_argument("--seed", default=1024, type=SEED, help="seed of the random draws")
     p.add_argument("--batch_size", default=128, type=COUNT, help="images per batch: evaluation, train.py")
     p.add_argument("--target", default=0, type=bounded(int, 0, 9), help="class that the trigger should give")
@@ -99,7 +156,7 @@ def _defense_data(p, usual):
 
 
 def _width(p):
-    p.add_argument("--width", default=1.0, type=bounded(float, 1 / 64, 8), help="factor on all channels")
+    p.add_argument("--width", default=1.0, type=bounded(float, 1 / 64, 16), help="factor on all channels")
     p.add_argument("--poison_rate", type=bounded(float, 0, 0.99), help="share poisoned (default: the attack's usual)")
 
 
@@ -129,6 +186,7 @@ def _evaluate(p):
 
 def _train(p):
     _common(p)
+    p.set_defaults(network="resnet18", attack="badnet")  # plain strings: they go into the checkpoint
     _width(p)
     p.add_argument("--epochs", default=30, type=COUNT, help="as many images each as the training set has")
     p.add_argument("--lr", default=0.1, type=POSITIVE, help="peak learning rate")

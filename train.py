@@ -131,6 +131,7 @@ def main(argv=None):
     first_rank = ranks.ranks()[0] == 0  # under torchrun one process speaks, measures and writes
     dtype = utils.get_dtype(args.precision, device)
     config = {k: getattr(args, k) for k in SETTINGS} | {"precision": str(dtype).removeprefix("torch.")}
+    config |= inputs.new_network(args)
     out = Path(args.ckpt or utils.checkpoint_path(args.dataset, args.network, args.attack, args.width))
     if out.exists() and not args.overwrite:
         raise flags.InputError(f"{out} exists; --overwrite trains it again, --ckpt writes elsewhere")
@@ -147,7 +148,7 @@ def main(argv=None):
     backdoor = inputs.load_trigger(args.attack, {"trigger": None}, device)
 
     torch.manual_seed(args.seed)
-    model = models.get_model(args.network, 10, args.width).to(device)
+    model = models.get_model(args.network, 10, args.width, mean=config["mean"], std=config["std"]).to(device)
     n_images = len(train_set[0])
     step = fast.training_step(model, args.width, n_images * args.epochs, args.batch_size, dtype)
     optimizer = torch.optim.SGD(

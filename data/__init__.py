@@ -6,11 +6,11 @@ and networks take.
 
 from flags import InputError
 
-from . import cifar10
+from . import backdoorbench, cifar10
 from .augment import augment, to_float
 from .defense_set import defense_indices, defense_split
 
-__all__ = ["augment", "defense_indices", "defense_split", "load_dataset", "to_float"]
+__all__ = ["augment", "backdoorbench", "defense_indices", "defense_split", "load_dataset", "to_float"]
 
 
 def load_dataset(name, datadir, train):

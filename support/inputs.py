@@ -1,7 +1,8 @@
 """What the flags of a command mean: the victim, its trigger, the images that a defense sees."""
 
-from flags import InputError
+from flags import NETWORKS, NORMALIZATIONS, InputError, Unsaid, normalization
 
+import argparse
 from pathlib import Path
 
 import torch
@@ -10,6 +11,8 @@ import backdoors
 import data
 import utils
 from fast import ranks
+
+from . import foreign
 
 
 def victim_path(args):
@@ -22,13 +25,21 @@ def victim_path(args):
 
 def load_victim(args, device):
     """Return (path, model, checkpoint, backdoor) that the flags mean; say where file and flags differ."""
-    path = victim_path(args)
-    model, checkpoint = utils.load_model(path, device)
+    path, asked = victim_path(args), normalization(args)
+    checkpoint = utils.load_checkpoint(path, None if isinstance(args.network, Unsaid) else args.network)
+    args.network = checkpoint["network"]
+    if isinstance(args.attack, Unsaid):
+        args.attack = "file" if checkpoint["bd_test"] else str(args.attack)
     if checkpoint["num_classes"] != 10:
         raise InputError(f"{path} has {checkpoint['num_classes']} classes, {args.dataset} has 10; give another model")
+    if args.attack == "file":
+        args.target = foreign.target_of(checkpoint)
+    model = utils.build_model(path, checkpoint, device)
+    takes(model, path)
+    settle_normalization(args, path, model, checkpoint, asked)
     backdoor = load_trigger(args.attack, checkpoint, device)
-    foreign = checkpoint["trigger"] is None or checkpoint["attack"] != args.attack
-    if foreign and backdoor is not None and backdoor.optimizer() is not None:
+    not_its_own = checkpoint["trigger"] is None or checkpoint["attack"] != args.attack
+    if not_its_own and backdoor is not None and backdoor.optimizer() is not None:
         raise InputError(
             f"the trigger of {args.attack} is trained with its victim, and {path} holds none; give another"
         )
@@ -40,9 +51,46 @@ def load_victim(args, device):
     return path, model, checkpoint, backdoor
 
 
+def new_network(args):
+    """Return {"mean", "std"} of a network that is to be trained. Raises InputError for flags that suit no such one."""
+    asked = normalization(args)
+    if asked == "auto":
+        raise InputError("a network that is not trained yet has no normalization to find; leave --mean auto out")
+    if args.network not in NETWORKS or args.attack == "file":
+        raise InputError(f"what is trained here is one of {', '.join(NETWORKS)}, with an attack of ours; give those")
+    return dict(zip(("mean", "std"), asked or NORMALIZATIONS["authors"], strict=True))
+
+
+def takes(model, path, size=32):
+    """Raise InputError unless `model` takes images of `size`, as those of the data set are."""
+    device = next(model.parameters()).device
+    try:
+        with torch.no_grad():
+            model(torch.zeros(1, 3, size, size, device=device))
+    except (RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise InputError(f"the network of {path} does not take images of {size}x{size} ({reason})") from None
+
+
+def settle_normalization(args, path, model, checkpoint, asked):
+    """Let `model` normalize its images as asked, as its file says, or by trial, and say so; see support/foreign.py."""
+
+    def clean():
+        usual = argparse.Namespace(**{**vars(args), "data_rate": None, "draw": "first"})
+        x_train, y_train, x_valid, y_valid = defense_data(usual)
+        images, labels = torch.cat((x_train, x_valid)), torch.cat((y_train, y_valid))
+        order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+        return images[order], labels[order]
+
+    dtype = utils.get_dtype(args.precision, next(model.parameters()).device)
+    line = foreign.settle_normalization(path, model, checkpoint, asked, clean, args.batch_size, dtype)
+    if line is not None and ranks.ranks()[0] == 0:
+        print(line, flush=True)
+
+
 def load_trigger(attack, checkpoint, device):
-    """Return the trigger a checkpoint was trained with, else that of the trigger files; None for the attack `none`."""
-    if attack == "none":
+    """Return the trigger a checkpoint was trained with, else that of the trigger files; None for `none`, `file`."""
+    if attack in ("none", "file"):
         return None
     try:
         backdoor = backdoors.get_backdoor(attack)
