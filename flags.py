@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import math
 import os
+import re
 import signal
 import sys
 from pathlib import Path
@@ -16,7 +17,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent
 RESULTS = ROOT / "results"
 
-DATASETS = ("cifar10", "cifar10_sample")
+DATASETS = ("cifar10", "cifar10_sample", "cifar100", "fashion_mnist", "gtsrb", "stl10", "svhn")
+MAX_SIZE = 1024  # side of an image
 NETWORKS = ("resnet18", "resnet34", "resnet50", "preactresnet18", "vgg11", "vgg13", "vgg16", "vgg19")
 NETWORKS += ("wideresnet16", "wideresnet28", "vit")
 LIBRARIES = ("torchvision", "timm")  # whose networks are known as torchvision:NAME, timm:NAME
@@ -114,18 +116,57 @@ def normalization(args):
     raise InputError(f"give --mean and --std three numbers each, std above 0, or --mean alone one of {known}")
 
 
-def _common(p):
-    """Add the flags that every command on a network has; names and defaults are the authors'."""
+def place_of(name):
+    """Return (kind, path) of something of the user's own, or None for the name of something known.
+
+    `folder:PATH` is ("folder", PATH); `npz:PATH`, and any name that ends in .npz, is ("npz", PATH).
+    """
+    kind, colon, path = name.partition(":")
+    if colon and kind in ("folder", "npz"):
+        return kind, Path(path).expanduser()
+    return ("npz", Path(name).expanduser()) if name.lower().endswith(".npz") else None
+
+
+def one_of(known, *kinds):
+    """Return an argparse type: a name in `known`, or something of the user's own of one of `kinds`, see place_of()."""
+
+    def parse(text):
+        place = place_of(text)
+        if text in known or (place and place[0] in kinds and text != f"{place[0]}:"):
+            return text
+        choices = ", ".join((*known, *(f"{kind}:PATH" for kind in kinds)))
+        raise argparse.ArgumentTypeError(f"invalid choice: {text!r} (choose from {choices})")
+
+    return parse
+
+
+def class_or_all(text):
+    """Return the class that a trigger should give, an int, or `all`: of each class the next."""
+    return text if text == "all" else bounded(int, 0)(text)
+
+
+DATASET = one_of(DATASETS, "folder", "npz")
+
+
+def _common(p, plants=False):
+    """Add the flags that every command on a network has; names and defaults are the authors'.
+
+    plants: whether the command plants triggers; any other also takes images that are triggered already.
+    """
+    known, own = (("none", *ATTACKS), ()) if plants else (("none", "file", *ATTACKS), ("folder",))
+    also = (
+        "" if plants else "; file: triggered images that come with the checkpoint; folder:PATH: a folder per true class"
+    )
     p.add_argument("--datadir", default=str(ROOT / "data"), help="folder of the data sets")
-    p.add_argument("--dataset", default="cifar10", choices=DATASETS, help="cifar10_sample is embedded: no download")
+    p.add_argument("--dataset", default="cifar10", type=DATASET, help=f"{', '.join(DATASETS)}, folder:PATH, npz:PATH")
+    p.add_argument("--size", default=32, type=bounded(int, 8, MAX_SIZE), help="side that the images are resized to")
     p.add_argument(
         "--network", default=Unsaid("resnet18"), type=network, metavar="NAME",
         help=f"network of the victim: {', '.join(NETWORKS)}, torchvision:NAME, timm:NAME",
     )  # fmt: skip
-    p.add_argument(
-        "--attack", default=Unsaid("badnet"), choices=("none", "file", *ATTACKS),
-        help="none: a clean or unknown network; file: the triggered images that come with the checkpoint",
-    )  # fmt: skip
+    p.add_argument("--attack", default=Unsaid("badnet"), type=one_of(known, *own), help=f"{', '.join(known)}{also}")
+    if plants:  # plain strings, for they go into the checkpoint
+        p.set_defaults(network="resnet18", attack="badnet")
     for name, usual in (("mean", "what the checkpoint says, else the best of the known"), ("std", "that of --mean")):
         p.add_argument(
             f"--{name}", nargs="+", type=_of_normalization, metavar="VALUE",
@@ -133,7 +174,7 @@ def _common(p):
         )  # fmt: skip
     p.add_argument("--seed", default=1024, type=SEED, help="seed of the random draws")
     p.add_argument("--batch_size", default=128, type=COUNT, help="images per batch: evaluation, train.py")
-    p.add_argument("--target", default=0, type=bounded(int, 0, 9), help="class that the trigger should give")
+    p.add_argument("--target", default=0, type=class_or_all, help="class the trigger should give; all: each one's next")
     p.add_argument("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"), help="where to compute")
     p.add_argument("--precision", default="auto", choices=("auto", "bf16", "fp32"), help="auto: bf16 where it is fast")
 
@@ -155,6 +196,13 @@ def _defense_data(p, usual):
     p.add_argument("--draw", default="first", choices=("first", "random"), help="which images of each class; by --seed")
 
 
+def _flip(p):
+    p.add_argument(
+        "--flip", action=argparse.BooleanOptionalAction,
+        help="mirror images at random in augmentation (default: where it keeps the class; not of folder:, npz:)",
+    )  # fmt: skip
+
+
 def _width(p):
     p.add_argument("--width", default=1.0, type=bounded(float, 1 / 64, 16), help="factor on all channels")
     p.add_argument("--poison_rate", type=bounded(float, 0, 0.99), help="share poisoned (default: the attack's usual)")
@@ -168,6 +216,7 @@ def _unit(p):
     p.add_argument("--step_images", type=COUNT, help="training images of a step, drawn anew each time (default: all)")
     p.add_argument("--acc_degrade", default=0.03, type=bounded(float, 0, 1), help="validation accuracy it may cost")
     _defense_data(p, "0.05; all of cifar10_sample")
+    _flip(p)
     p.add_argument("--micro_batch", type=COUNT, help="images in memory at a time (default: 100 on a CPU, else 1000)")
     p.add_argument("--max_minutes", type=POSITIVE, help="end the search then; given again, the command goes on")
     _resume(p)
@@ -185,9 +234,9 @@ def _evaluate(p):
 
 
 def _train(p):
-    _common(p)
-    p.set_defaults(network="resnet18", attack="badnet")  # plain strings: they go into the checkpoint
+    _common(p, plants=True)
     _width(p)
+    _flip(p)
     p.add_argument("--epochs", default=30, type=COUNT, help="as many images each as the training set has")
     p.add_argument("--lr", default=0.1, type=POSITIVE, help="peak learning rate")
     p.add_argument("--weight_decay", default=5e-4, type=bounded(float, 0), help="on all parameters")
@@ -195,7 +244,7 @@ def _train(p):
         "--sampling", default="resampled", choices=("resampled", "fixed"),
         help="poisoned images drawn anew at every access, trigger after augmentation; or drawn once, trigger before",
     )  # fmt: skip
-    p.add_argument("--surrogate", help="clean network for cl (default: ckpt/cifar10_resnet18-w0.25_none.pt)")
+    p.add_argument("--surrogate", help="clean network for cl (default: ckpt/{dataset}_resnet18-w0.25_none.pt)")
     _resume(p)
     p.add_argument("--overwrite", action="store_true", help="train again although the victim lies there already")
     p.add_argument("--ckpt", help="where to write (default: ckpt/{dataset}_{network}_{attack}.pt)")
@@ -205,6 +254,7 @@ def _defend(p):
     _common(p)
     p.add_argument("--defense", required=True, choices=("none", *DEFENSES, "dbd"), help="none: measure the victim")
     _defense_data(p, "the method's own; all of cifar10_sample")
+    _flip(p)
     p.add_argument("--epochs", nargs="+", type=COUNT, help="one number for ft and bcu, three stages' for dbd")
     _width(p)
     _resume(p)
@@ -268,6 +318,12 @@ def run(main):
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         _leave(130)
+    except (MemoryError, RuntimeError) as error:
+        # numpy's, torch's own allocator's, a GPU's
+        if not (isinstance(error, MemoryError) or re.search("can't allocate memory|out of memory", str(error))):
+            raise
+        print("error: there is not memory enough; lower --batch_size, --micro_batch or --size", file=sys.stderr)
+        _leave(2)
     except BrokenPipeError:  # whoever read what is printed has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         _leave(1)

@@ -1,11 +1,12 @@
 """What the commands share: device and precision, files that are whole or absent, checkpoints."""
 
-from flags import ATTACKS, DATASETS, DEFENSES, NORMALIZATIONS, ROOT, InputError
+from flags import ATTACKS, DATASETS, DEFENSES, MAX_SIZE, NORMALIZATIONS, ROOT, InputError, place_of
 
 import hashlib
 import json
 import os
 import platform
+import re
 import warnings
 from pathlib import Path
 
@@ -153,9 +154,20 @@ def network_tag(network, width):
     return network if width == 1 else f"{network}-w{width:g}"
 
 
+def file_tag(name):
+    """Return the part of a file's name for a data set or an attack: `folder-my-signs` of `folder:/some/my signs`."""
+    place = place_of(name)
+    if place is None:
+        return name
+    path = place[1].resolve()
+    stem = path.stem if path.suffix.lower() == ".npz" else path.name
+    safe = re.sub(r"[^\w.]+", "-", stem).strip("-.")
+    return f"{place[0]}-{safe or 'root'}"
+
+
 def checkpoint_path(dataset, network, attack, width=1.0, suffix=""):
     """Return ckpt/{dataset}_{network}_{attack}{suffix}.pt."""
-    return CKPT / f"{dataset}_{network_tag(network, width)}_{attack}{suffix}.pt"
+    return CKPT / f"{file_tag(dataset)}_{network_tag(network, width)}_{file_tag(attack)}{suffix}.pt"
 
 
 def half_weights(state_dict):
@@ -281,10 +293,13 @@ def build_model(path, checkpoint, device="cpu"):
     if mean is None:
         mean, std = NORMALIZATIONS["authors"]
     try:
+        size = checkpoint.get("size") or 32
         if not (0 < checkpoint["width"] <= models.MAX_WIDTH and 0 < checkpoint["num_classes"] <= models.MAX_CLASSES):
             raise ValueError(f"width {checkpoint['width']}, {checkpoint['num_classes']} classes")
+        if not 0 < size <= MAX_SIZE:
+            raise ValueError(f"images of {size}x{size}")
         about = checkpoint["network"], checkpoint["num_classes"], checkpoint["width"]
-        sized = {"size": size} if (size := models.shown_size(state)) else {}
+        sized = {"size": shown} if (shown := models.shown_size(state)) else {}
         model = models.get_model(*about, mean=mean, std=std, **sized)
         bounds = checkpoint["bounds"] or {}
         damaged = [k for k, v in {**state, **bounds}.items() if v.is_floating_point() and v.isnan().any()]
@@ -295,7 +310,7 @@ def build_model(path, checkpoint, device="cpu"):
         model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in state.items()})
         if checkpoint["bounds"] is not None:
             shapes = {name: tuple(bound.shape) for name, bound in checkpoint["bounds"].items()}
-            if shapes != models.site_shapes(model.eval(), checkpoint["size"] or 32):
+            if shapes != models.site_shapes(model.eval(), size):
                 raise ValueError("bounds of other sites or shapes")
             models.set_bounds(model, checkpoint["bounds"])
     except InputError:

@@ -142,13 +142,15 @@ def target_of(checkpoint):
     )
 
 
-def triggered_images(checkpoint):
-    """Return (images uint8 (N, 3, H, W), true labels int64 (N,), indices in the test set) that come with a checkpoint.
+def triggered_images(checkpoint, size):
+    """Return (images uint8 (N, 3, size, size), true labels int64 (N,), numbers in the test set, as text) of a file.
 
-    Those whose true class is the label under attack are left out. Raises InputError as
-    data.backdoorbench.triggered_images() does.
+    Those whose true class is the label under attack are left out. Raises InputError where the images have another size,
+    and as data.backdoorbench.triggered_images() does.
     """
     images, original, under_attack = data.backdoorbench.triggered_images(checkpoint["bd_test"], checkpoint["folder"])
+    if images.shape[2:] != (size, size):
+        raise InputError(f"the checkpoint's triggered images are {images.shape[3]}x{images.shape[2]}, not of --size")
     counts = original != under_attack
-    indices = [entry[0] for entry, yes in zip(checkpoint["bd_test"], counts.tolist(), strict=True) if yes]
+    indices = [str(entry[0]) for entry, yes in zip(checkpoint["bd_test"], counts.tolist(), strict=True) if yes]
     return images[counts], original[counts], indices

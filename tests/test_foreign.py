@@ -110,10 +110,10 @@ def test_a_result_of_backdoorbench(preact, images, tmp_path, number, in_memory, 
     (tmp_path / "elsewhere").mkdir()
     utils.save_checkpoint(checkpoint, tmp_path / "elsewhere" / "d.pt")
     again = utils.load_checkpoint(tmp_path / "elsewhere" / "d.pt")
-    x, truth, indices = foreign.triggered_images(again)
+    x, truth, indices = foreign.triggered_images(again, 32)
     assert torch.equal(x, images[0])
     assert torch.equal(truth, images[1])
-    assert indices == list(range(1, 2 * N, 2))
+    assert indices == [str(i) for i in range(1, 2 * N, 2)]
     model = utils.build_model(path, checkpoint)
     x = torch.rand(2, 3, 32, 32)
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((0.4914, 0.4822, 0.4465), (0.247, 0.243, 0.261)))
@@ -158,8 +158,10 @@ def test_the_target_of_triggered_images():
 def test_images_of_the_target_class_do_not_count():
     image = torch.zeros(3, 8, 8, dtype=torch.uint8)
     entries = [(i, None, 2, i, image + i) for i in range(5)]
-    x, truth, indices = foreign.triggered_images({"bd_test": entries, "folder": "."})
-    assert truth.tolist() == indices == x[:, 0, 0, 0].tolist() == [0, 1, 3, 4]
+    x, truth, indices = foreign.triggered_images({"bd_test": entries, "folder": "."}, 8)
+    assert truth.tolist() == [int(i) for i in indices] == x[:, 0, 0, 0].tolist() == [0, 1, 3, 4]
+    with pytest.raises(InputError, match="are 8x8, not of --size"):
+        foreign.triggered_images({"bd_test": entries, "folder": "."}, 32)
 
 
 @pytest.mark.parametrize("change", [
