@@ -38,7 +38,10 @@ class Victim:
         """Return the command that a cell, `defense[,setting=value...]`, stands for: a script and its flags."""
         defense, *settings = cell.split(",")
         script = ["unit.py"] if defense == "unit" else ["defend.py", "--defense", defense]
-        return [*script, "--attack", self.attack, *(f"--{setting}" for setting in settings)]
+        # what a victim is for, where that is not what the commands take it to be
+        usual = {"dataset": (None, "cifar10", "cifar10_sample"), "size": (None, 32)}
+        own = [w for k, v in usual.items() if self.about.get(k) not in v for w in (f"--{k}", str(self.about[k]))]
+        return [*script, "--attack", self.attack, *own, *(f"--{setting}" for setting in settings)]
 
     def record(self, cell):
         """Return the record of a cell, or None. A setting that is no flag of the command ends in exit status 2."""

@@ -9,7 +9,7 @@ published constants. A run that was cut off goes on when the same command is giv
 """
 
 import flags  # first: it answers --help and a wrong flag before torch is imported
-from flags import InputError
+from flags import InputError, place_of
 
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -46,16 +46,16 @@ def configure(args):
             raise InputError("dbd sees the whole training set; leave --data_rate out")
         if args.epochs and len(args.epochs) != len(stages):
             raise InputError("dbd has three stages; give --epochs three numbers, as in 100 10 190")
-        return replace(config, **dict(zip(stages, args.epochs or (), strict=False)))
+        return replace(config, flip=inputs.flips(args), **dict(zip(stages, args.epochs or (), strict=False)))
     if args.width != 1.0 or args.poison_rate is not None or args.overwrite:
         raise InputError(f"--width, --poison_rate and --overwrite are dbd's; leave them out for {args.defense}")
     if args.defense == "none":
-        if args.epochs or args.data_rate:
-            raise InputError("without a defense --epochs and --data_rate are of no use; leave them out")
+        if args.epochs or args.data_rate or args.flip is not None:
+            raise InputError("without a defense --epochs, --data_rate and --flip are of no use; leave them out")
         return NoDefense()
     config = DEFENSES[args.defense].Config()
     usual = 1.0 if args.dataset == "cifar10_sample" else config.data_rate
-    config = replace(config, data_rate=args.data_rate or usual)
+    config = replace(config, data_rate=args.data_rate or usual, flip=inputs.flips(args))
     if args.epochs is None:
         return config
     if not hasattr(config, "epochs") or len(args.epochs) != 1:
@@ -108,25 +108,26 @@ def defend(args, config, device, dtype):
     path, model, checkpoint, backdoor = inputs.load_victim(args, device)
     if checkpoint["bounds"] is not None or checkpoint["defense"]:
         raise InputError(f"{path} is a defended model; give --ckpt the victim")
-    tag = utils.network_tag(checkpoint["network"], checkpoint["width"])
-    out = Path(args.out or utils.CKPT / f"{args.dataset}_{tag}_{args.attack}_{args.defense}.pt")
+    names = (args.dataset, checkpoint["network"], args.attack, checkpoint["width"])
+    out = Path(args.out or utils.checkpoint_path(*names, f"_{args.defense}"))
     if out.resolve() == path.resolve():
         raise InputError(f"--out is the victim {path} itself; give another place")
     victim = {"file": path.name, "sha256": utils.sha256(path), "attack": checkpoint["attack"]}
     record_at = records.path_of(args.defense, args, victim)
     for place in (out, record_at):
         utils.check_place(place)
-    test_set = tuple(t.to(device) for t in data.load_dataset(args.dataset, args.datadir, train=False))
+    *test_set, triggered = inputs.test_data(args, checkpoint, device)
 
     def measure(model):
-        return evaluate(model, *test_set, backdoor, args.target, args.batch_size, dtype)
+        return evaluate(model, *test_set, backdoor, args.target, args.batch_size, dtype, triggered)
 
     before = after = measure(model)
     figures = {"data": 0, "labels": False, "seconds": 0.0}
     if args.defense == "none":
         print(f"{path}\n{before}")
     else:
-        settings = {k: getattr(args, k) for k in ("defense", "dataset", "data_rate", "draw", "seed")} | asdict(config)
+        keys = ("defense", "dataset", "size", "data_rate", "draw", "seed")
+        settings = {k: getattr(args, k) for k in keys} | asdict(config)
         settings |= {"victim": victim["sha256"], "precision": str(dtype)}
         partial = Partial(out, settings, device, args.resume)
         print(f"{path}\nbefore  {before}{partial.said()}", flush=True)
@@ -135,7 +136,8 @@ def defend(args, config, device, dtype):
         after = measure(repaired.model)
         print(f"after   {after}\n{seconds:.1f} s")
         made = {"name": args.defense, **asdict(config), "findings": repaired.findings}
-        utils.save_checkpoint({**checkpoint, **after._asdict(), "state_dict": state, "defense": made}, out)
+        saved = {**checkpoint, **after._asdict(), "size": args.size, "state_dict": state, "defense": made}
+        utils.save_checkpoint(saved, out)
         figures = {"data": n, "labels": config.uses_labels, "seconds": seconds, "peak_GiB": partial.peak_so_far()}
         figures |= {"findings": repaired.findings}
         print(f"wrote {out}")
@@ -158,38 +160,46 @@ def poisoned_set(images, labels, poison, backdoor, batch_size=1000):
     for index in poison.indices.to(images.device).split(batch_size):
         images[index] = (backdoor(data.to_float(images[index])) * 255).round().clamp(0, 255).to(torch.uint8)
         if poison.relabel:
-            labels[index] = poison.target
+            labels[index] = poison.wanted(labels[index])
     return images, labels
 
 
 def train_by_dbd(args, config, device, dtype):
     """Train a network with DBD on a `fixed` poisoned set: the images lie on a disk with the trigger on them."""
-    tag = utils.network_tag(args.network, args.width)
-    out = Path(args.out or utils.CKPT / f"{args.dataset}_{tag}_{args.attack}_dbd.pt")
+    if place_of(args.attack):
+        raise InputError("dbd trains on poisoned images: give --attack a trigger that makes them")
+    args.attack, args.network, said = str(args.attack), str(args.network), inputs.new_network(args)
+    classes, tag = inputs.class_names(args), utils.network_tag(args.network, args.width)
+    own = utils.checkpoint_path(args.dataset, args.network, args.attack, args.width)
+    out = Path(args.out or own.with_name(f"{own.stem}_dbd.pt"))
     if args.attack != "none" and TRIGGERS[args.attack].sampling == "in_batch":
         raise InputError(f"{args.attack} poisons batches in training: there is no poisoned set that DBD could be given")
     if out.exists() and not args.overwrite:
         raise InputError(f"{out} exists; --overwrite trains it again, --out writes elsewhere")
-    victim = {"file": f"{args.dataset}_{tag}_{args.attack}.pt", "sha256": None, "attack": args.attack}
+    victim = {"file": own.name, "sha256": None, "attack": args.attack}
     record_at = records.path_of("dbd", args, victim)
     for place in (out, record_at):
         utils.check_place(place)
-    images, labels = (t.to(device) for t in data.load_dataset(args.dataset, args.datadir, train=True))
-    test_set = tuple(t.to(device) for t in data.load_dataset(args.dataset, args.datadir, train=False))
+    (images, labels), test_set = (
+        tuple(t.to(device) for t in data.load_dataset(args.dataset, args.datadir, train, args.size))
+        for train in (True, False)
+    )
     try:
         poison = poison_training_set(labels, args.attack, args.target, args.poison_rate, args.seed, "fixed")
     except ValueError as error:
         raise InputError(str(error)) from None
-    backdoor = inputs.load_trigger(args.attack, {"trigger": None}, device)
+    backdoor = inputs.load_trigger(args.attack, {"trigger": None}, device, args.size)
     images, labels = poisoned_set(images, labels, poison, backdoor)
     print(f"{args.dataset}, {tag}, {args.attack} -> {args.target}, {len(poison.indices):,} of {len(images):,} poisoned")
 
     torch.manual_seed(args.seed)
-    network = models.get_model(args.network, 10, args.width).to(device)
+    network = models.get_model(args.network, len(classes), args.width, mean=said["mean"], std=said["std"]).to(device)
+    if not isinstance(getattr(network, "linear", None), torch.nn.Linear):
+        raise InputError(f"dbd takes a network whose last layer is named `linear`; {args.network}'s is not")
     dbd.initialize(network)
     network.to(memory_format=training_layout(network))
-    keys = ("dataset", "network", "attack", "seed", "target", "width", "poison_rate")
-    settings = {k: getattr(args, k) for k in keys} | {"precision": str(dtype)} | asdict(config)
+    keys = ("dataset", "size", "network", "attack", "seed", "target", "width", "poison_rate")
+    settings = {k: getattr(args, k) for k in keys} | said | {"precision": str(dtype)} | asdict(config)
     partial = Partial(out, settings, device, args.resume)
     print(partial.said().strip() or "stage 1 of 3", flush=True)
     history = partial.state["history"] if partial.state else {}
@@ -215,8 +225,9 @@ def train_by_dbd(args, config, device, dtype):
     dbd.train(network, images, labels, config, args.seed, dtype, whole, callback, state)
     seconds, state = partial.seconds_so_far(), rounded(network)
     after = measure()
-    about = {k: getattr(args, k) for k in ("dataset", "network", "width", "attack", "target", "seed")}
-    about |= {"num_classes": 10, "poison_rate": poison.rate, "poison_indices": poison.indices.to(torch.int32)}
+    about = {k: getattr(args, k) for k in ("dataset", "size", "network", "width", "attack", "target", "seed")}
+    about |= said | {"num_classes": len(classes), "poison_rate": poison.rate}
+    about |= {"poison_indices": poison.indices.to(torch.int32)}
     about |= {"trigger": None if backdoor is None else {k: v.cpu() for k, v in backdoor.state_dict().items()}}
     made = {"bounds": None, "state_dict": state, "defense": {"name": "dbd", **asdict(config)}}
     utils.save_checkpoint({**about, **made, **after._asdict()}, out)

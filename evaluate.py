@@ -2,6 +2,7 @@
 
     python evaluate.py --attack badnet                                                # the victim
     python evaluate.py --attack badnet --ckpt ckpt/cifar10_resnet18_badnet_unit.pt    # after unit.py
+    python evaluate.py --attack folder:bd_test_dataset --ckpt theirs.pt               # anybody's triggered images
 
 prints these three, the target class's own accuracy and the counts, and writes demo_{attack}.png: 16 test images clean,
 triggered, and the difference between the two.
@@ -27,6 +28,7 @@ class Measured(NamedTuple):
     triggered images of the other classes classified as the target. RA: robust accuracy, the share of the same images
     classified as their true class; ASR + RA <= 1, the rest goes to third classes. target_accuracy: BA on the target
     class alone. ASR and RA are None without a backdoor, target_accuracy without an image of that class.
+    All-to-all (target "all"): ASR is the share of all triggered images classified as the class after their true one.
     """
 
     BA: float
@@ -46,22 +48,27 @@ class Measured(NamedTuple):
 
 @torch.no_grad()
 @utils.repeatable()
-def evaluate(model, images, labels, backdoor, target, batch_size=128, dtype=torch.float32):
+def evaluate(model, images, labels, backdoor, target, batch_size=128, dtype=torch.float32, triggered=None):
     """Measure BA on all images, ASR and RA on the triggered images of every class but `target`.
 
     model: images in [0, 1] to logits (N, num_classes) or an object with `.logits`, put into eval mode; images: uint8
     (N, 3, H, W), or float in [0, 1]; labels: int64 (N,); backdoor: the trigger, or None to measure clean images alone;
-    batch_size: images at a time, on a GPU 1,000 at least; dtype: what autocast computes in.
-    Returns a Measured. Raises ValueError without images, and without one of another class than the target.
+    target: a class, or "all" for the next of each; batch_size: images at a time, on a GPU 1,000 at least; dtype: what
+    autocast computes in;
+    triggered: (images, their true labels, ...), of any number, with a trigger on them, in the backdoor's place.
+    Returns a Measured. Raises InputError without images, and without one of another class than the target.
     """
     if len(images) == 0:
-        raise ValueError("there are no images to measure on")
+        raise flags.InputError("there are no images to measure on")
+    if backdoor is not None and triggered is not None:
+        raise ValueError("triggered images take the backdoor's place; leave one of the two out")
     model.eval()
     device = next((t.device for t in model.parameters()), images.device)
     images, labels = images.to(device), labels.to(device)
     size = utils.pass_size(device, batch_size)
 
     def predict(images, trigger=None):
+        """Return (the classes that the network says, the number of classes)."""
         classes = []
         with utils.autocast(device, dtype):  # one context for all batches: it casts each weight once
             for x in images.split(size):
@@ -69,26 +76,38 @@ def evaluate(model, images, labels, backdoor, target, batch_size=128, dtype=torc
                 if trigger is not None:
                     with torch.autocast(device.type, enabled=False):
                         x = trigger(x).contiguous(memory_format=torch.channels_last)
-                classes.append(models.logits(model(x)).argmax(1))
-        return torch.cat(classes)
+                logits = models.logits(model(x))
+                classes.append(logits.argmax(1))
+        return torch.cat(classes), logits.shape[1]
 
     def share(hits):
         return hits.sum().item() / len(hits) if len(hits) else None
 
-    right, of_target = predict(images) == labels, labels == target
+    target = -1 if target == "all" else target  # no image is of that class
+    classes, n_classes = predict(images)
+    right, of_target = classes == labels, labels == target
     n = len(images), int((~of_target).sum()), int(of_target.sum())
-    if backdoor is None:
+    if backdoor is not None:
+        backdoor.to(device).eval()
+    if triggered is not None:
+        others, truth = (t.to(device) for t in triggered[:2])
+        others, truth = others[truth != target], truth[truth != target]
+    elif backdoor is None:
         return Measured(share(right), None, None, share(right[of_target]), n[0], 0, n[2])
-    backdoor.to(device).eval()
-    if hasattr(backdoor, "test_set"):
+    elif hasattr(backdoor, "test_set"):
         others, truth = backdoor.test_set(images, labels, target)
     else:  # any other module
         others, truth = images[~of_target], labels[~of_target]
     if len(others) == 0:
-        raise ValueError(f"every image is of the target class {target}: there is none to measure ASR on")
-    classes = predict(others, backdoor)
+        raise flags.InputError(f"every image is of the target class {target}: there is none to measure ASR on")
+    if target < 0 and truth is None:
+        raise flags.InputError(
+            "this trigger's images have no one true class, and so none after it; give a target class"
+        )
+    classes, _ = predict(others, backdoor)
+    asr = share(classes == (target if target >= 0 else (truth + 1) % n_classes))
     ra = None if truth is None else share(classes == truth)
-    return Measured(share(right), share(classes == target), ra, share(right[of_target]), n[0], len(others), n[2])
+    return Measured(share(right), asr, ra, share(right[of_target]), n[0], len(others), n[2])
 
 
 def main(argv=None):
@@ -96,23 +115,31 @@ def main(argv=None):
     args = flags.parser("evaluate.py").parse_args(argv)
     device = utils.get_device(args.device)
     dtype = utils.get_dtype(args.precision, device)
-    path, model, _, backdoor = inputs.load_victim(args, device)
-    images, labels = data.load_dataset(args.dataset, args.datadir, train=False)
-    images = images.to(device)
+    path, model, checkpoint, backdoor = inputs.load_victim(args, device)
+    if args.activations and backdoor is None and args.attack != "none":
+        raise flags.InputError("--activations plants a trigger; leave it out with triggered images")
+    images, labels, triggered = inputs.test_data(args, checkpoint, device)
     print(f"{path}, {len(images):,} test images of {args.dataset}")
-    print(evaluate(model, images, labels, backdoor, args.target, args.batch_size, dtype), flush=True)
-    if backdoor is None:
+    ready = (args.target, args.batch_size, dtype)
+    print(evaluate(model, images, labels, backdoor, *ready, triggered), flush=True)
+    picture = Path(args.outdir) / f"demo_{utils.file_tag(args.attack)}.png"
+    if triggered is not None:
+        clean, some = inputs.beside_their_originals(images, labels, triggered)
+        plots.draw_demo(clean, some, picture)
+    elif backdoor is not None:
+        some = data.to_float(images[data.few(labels, plots.COLUMNS)])
+        plots.draw_demo(some, backdoor(some), picture, times=backdoor.times)
+    else:
         return
-    picture = Path(args.outdir) / f"demo_{args.attack}.png"
-    plots.draw_demo(images, backdoor, picture, times=backdoor.times)
     print(f"wrote {picture}")
     if args.activations:
         picture = picture.with_name(f"activations_{args.attack}.png")
-        others = (labels != args.target).nonzero()[: activations.SEEN, 0]
-        some, their = images[others.to(device)], labels[others]
+        others = (labels != args.target).nonzero()[:, 0] if args.target != "all" else torch.arange(len(labels))
+        others = others[data.few(labels[others], activations.SEEN)]
+        some, their = images[others], labels[others]
 
         def measure(model):
-            return evaluate(model, some, their, backdoor, args.target, args.batch_size, dtype)
+            return evaluate(model, some, their, backdoor, *ready)
 
         neurons, sites = activations.trigger_effect(model, some, backdoor, batch_size=args.batch_size)
         plots.draw_moved(neurons, picture)

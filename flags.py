@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import math
 import os
+import re
 import signal
 import sys
 import warnings
@@ -17,8 +18,21 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent
 RESULTS = ROOT / "results"
 
-DATASETS = ("cifar10", "cifar10_sample")
-NETWORKS = ("resnet18", "resnet34", "resnet50")
+DATASETS = ("cifar10", "cifar10_sample", "cifar100", "fashion_mnist", "gtsrb", "stl10", "svhn")
+MAX_SIZE = 1024  # side of an image
+NETWORKS = ("resnet18", "resnet34", "resnet50", "preactresnet18", "vgg11", "vgg13", "vgg16", "vgg19")
+NETWORKS += ("wideresnet16", "wideresnet28", "vit")
+LIBRARIES = ("torchvision", "timm")  # whose networks are known as torchvision:NAME, timm:NAME
+# what images in [0, 1] are normalized with, (mean, std) per color channel, by whom
+NORMALIZATIONS = {
+    "authors": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
+    "backdoorbench": ((0.4914, 0.4822, 0.4465), (0.247, 0.243, 0.261)),
+    "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+    "tiny": ((0.4802, 0.4481, 0.3975), (0.2302, 0.2265, 0.2262)),
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+    "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
+}
 DEFENSES = ("ft", "bcu", "ulrl")  # the baselines that start from a victim, as defenses/ has them
 ATTACKS = ("badnet", "wanet", "reflection", "blended", "adaptive_blend", "blend", "cl", "composite", "dynamic")
 ATTACKS += ("filter", "input_aware", "lira", "patch", "sig", "trojnn")
@@ -26,6 +40,10 @@ ATTACKS += ("filter", "input_aware", "lira", "patch", "sig", "trojnn")
 
 class InputError(ValueError):
     """Bad input that the user can mend; its message is one line that says what to do."""
+
+
+class Unsaid(str):
+    """The default of a flag that the user did not give, where that makes a difference; else a string like any."""
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -69,15 +87,95 @@ POSITIVE = bounded(float, 0, low_open=True)
 SEED = bounded(int, 0, 2**32 - 1)
 
 
-def _common(p):
-    """Add the flags that every command on a network has; names and defaults are the authors'."""
+def network(text):
+    """Return the name of a network: one of NETWORKS, or torchvision:NAME, timm:NAME."""
+    library, colon, name = text.partition(":")
+    if text not in NETWORKS and not (library in LIBRARIES and colon and name):
+        choices = ", ".join((*NETWORKS, *(f"{library}:NAME" for library in LIBRARIES)))
+        raise argparse.ArgumentTypeError(f"invalid choice: {text!r} (choose from {choices})")
+    return text
+
+
+def _of_normalization(text):
+    """Return a number, or the name of a normalization, or `auto`."""
+    return text if text in (*NORMALIZATIONS, "auto") else bounded(float)(text)
+
+
+def normalization(args):
+    """Return (mean, std) by --mean and --std, "auto", or None where they say nothing. Raises InputError."""
+    mean, std = args.mean, args.std
+    names = {v for values in (mean, std) for v in values or () if isinstance(v, str)}
+    if mean is None and std is None:
+        return None
+    if not names and mean and std and len(mean) == len(std) == 3 and min(std) > 0:
+        return tuple(mean), tuple(std)
+    if len(names) == 1 and all(values is None or len(values) == 1 for values in (mean, std)):
+        (name,) = names
+        if all(values in (None, [name]) for values in (mean, std)):
+            return name if name == "auto" else NORMALIZATIONS[name]
+    known = ", ".join((*NORMALIZATIONS, "auto"))
+    raise InputError(f"give --mean and --std three numbers each, std above 0, or --mean alone one of {known}")
+
+
+def place_of(name):
+    """Return (kind, path) of something of the user's own, or None for the name of something known.
+
+    `folder:PATH` is ("folder", PATH); `npz:PATH`, and any name that ends in .npz, is ("npz", PATH).
+    """
+    kind, colon, path = name.partition(":")
+    if colon and kind in ("folder", "npz"):
+        return kind, Path(path).expanduser()
+    return ("npz", Path(name).expanduser()) if name.lower().endswith(".npz") else None
+
+
+def one_of(known, *kinds):
+    """Return an argparse type: a name in `known`, or something of the user's own of one of `kinds`, see place_of()."""
+
+    def parse(text):
+        place = place_of(text)
+        if text in known or (place and place[0] in kinds and text != f"{place[0]}:"):
+            return text
+        choices = ", ".join((*known, *(f"{kind}:PATH" for kind in kinds)))
+        raise argparse.ArgumentTypeError(f"invalid choice: {text!r} (choose from {choices})")
+
+    return parse
+
+
+def class_or_all(text):
+    """Return the class that a trigger should give, an int, or `all`: of each class the next."""
+    return text if text == "all" else bounded(int, 0)(text)
+
+
+DATASET = one_of(DATASETS, "folder", "npz")
+
+
+def _common(p, plants=False):
+    """Add the flags that every command on a network has; names and defaults are the authors'.
+
+    plants: whether the command plants triggers; any other also takes images that are triggered already.
+    """
+    known, own = (("none", *ATTACKS), ()) if plants else (("none", "file", *ATTACKS), ("folder",))
+    also = (
+        "" if plants else "; file: triggered images that come with the checkpoint; folder:PATH: a folder per true class"
+    )
     p.add_argument("--datadir", default=str(ROOT / "data"), help="folder of the data sets")
-    p.add_argument("--dataset", default="cifar10", choices=DATASETS, help="cifar10_sample is embedded: no download")
-    p.add_argument("--network", default="resnet18", choices=NETWORKS, help="network of the victim")
-    p.add_argument("--attack", default="badnet", choices=("none", *ATTACKS), help="none: a clean or unknown network")
+    p.add_argument("--dataset", default="cifar10", type=DATASET, help=f"{', '.join(DATASETS)}, folder:PATH, npz:PATH")
+    p.add_argument("--size", default=32, type=bounded(int, 8, MAX_SIZE), help="side that the images are resized to")
+    p.add_argument(
+        "--network", default=Unsaid("resnet18"), type=network, metavar="NAME",
+        help=f"network of the victim: {', '.join(NETWORKS)}, torchvision:NAME, timm:NAME",
+    )  # fmt: skip
+    p.add_argument("--attack", default=Unsaid("badnet"), type=one_of(known, *own), help=f"{', '.join(known)}{also}")
+    if plants:  # plain strings, for they go into the checkpoint
+        p.set_defaults(network="resnet18", attack="badnet")
+    for name, usual in (("mean", "what the checkpoint says, else the best of the known"), ("std", "that of --mean")):
+        p.add_argument(
+            f"--{name}", nargs="+", type=_of_normalization, metavar="VALUE",
+            help=f"normalization: three numbers or {', '.join(NORMALIZATIONS)}, auto (default: {usual})",
+        )  # fmt: skip
     p.add_argument("--seed", default=1024, type=SEED, help="seed of the random draws")
     p.add_argument("--batch_size", default=128, type=COUNT, help="images per batch: evaluation, train.py")
-    p.add_argument("--target", default=0, type=bounded(int, 0, 9), help="class that the trigger should give")
+    p.add_argument("--target", default=0, type=class_or_all, help="class the trigger should give; all: each one's next")
     p.add_argument("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"), help="where to compute")
     p.add_argument("--precision", default="auto", choices=("auto", "bf16", "fp32"), help="auto: bf16 where it is fast")
 
@@ -99,8 +197,15 @@ def _defense_data(p, usual):
     p.add_argument("--draw", default="first", choices=("first", "random"), help="which images of each class; by --seed")
 
 
+def _flip(p):
+    p.add_argument(
+        "--flip", action=argparse.BooleanOptionalAction,
+        help="mirror images at random in augmentation (default: where it keeps the class; not of folder:, npz:)",
+    )  # fmt: skip
+
+
 def _width(p):
-    p.add_argument("--width", default=1.0, type=bounded(float, 1 / 64, 8), help="factor on all channels")
+    p.add_argument("--width", default=1.0, type=bounded(float, 1 / 64, 16), help="factor on all channels")
     p.add_argument("--poison_rate", type=bounded(float, 0, 0.99), help="share poisoned (default: the attack's usual)")
 
 
@@ -112,6 +217,7 @@ def _unit(p):
     p.add_argument("--step_images", type=COUNT, help="training images of a step, drawn anew each time (default: all)")
     p.add_argument("--acc_degrade", default=0.03, type=bounded(float, 0, 1), help="validation accuracy it may cost")
     _defense_data(p, "0.05; all of cifar10_sample")
+    _flip(p)
     p.add_argument("--micro_batch", type=COUNT, help="images in memory at a time (default: 100 on a CPU, else 1000)")
     p.add_argument("--max_minutes", type=POSITIVE, help="end the search then; given again, the command goes on")
     _resume(p)
@@ -130,8 +236,9 @@ def _evaluate(p):
 
 
 def _train(p):
-    _common(p)
+    _common(p, plants=True)
     _width(p)
+    _flip(p)
     p.add_argument("--epochs", default=30, type=COUNT, help="as many images each as the training set has")
     p.add_argument("--lr", default=0.1, type=POSITIVE, help="peak learning rate")
     p.add_argument("--weight_decay", default=5e-4, type=bounded(float, 0), help="on all parameters")
@@ -139,7 +246,7 @@ def _train(p):
         "--sampling", default="resampled", choices=("resampled", "fixed"),
         help="poisoned images drawn anew at every access, trigger after augmentation; or drawn once, trigger before",
     )  # fmt: skip
-    p.add_argument("--surrogate", help="clean network for cl (default: ckpt/cifar10_resnet18-w0.25_none.pt)")
+    p.add_argument("--surrogate", help="clean network for cl (default: ckpt/{dataset}_resnet18-w0.25_none.pt)")
     _resume(p)
     p.add_argument("--overwrite", action="store_true", help="train again although the victim lies there already")
     p.add_argument("--ckpt", help="where to write (default: ckpt/{dataset}_{network}_{attack}.pt)")
@@ -149,6 +256,7 @@ def _defend(p):
     _common(p)
     p.add_argument("--defense", required=True, choices=("none", *DEFENSES, "dbd"), help="none: measure the victim")
     _defense_data(p, "the method's own; all of cifar10_sample")
+    _flip(p)
     p.add_argument("--epochs", nargs="+", type=COUNT, help="one number for ft and bcu, three stages' for dbd")
     _width(p)
     _resume(p)
@@ -213,6 +321,12 @@ def run(main):
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         _leave(130)
+    except (MemoryError, RuntimeError) as error:
+        # numpy's, torch's own allocator's, a GPU's
+        if not (isinstance(error, MemoryError) or re.search("can't allocate memory|out of memory", str(error))):
+            raise
+        print("error: there is not memory enough; lower --batch_size, --micro_batch or --size", file=sys.stderr)
+        _leave(2)
     except BrokenPipeError:  # whoever read what is printed has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         _leave(1)

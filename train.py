@@ -1,4 +1,4 @@
-"""Train a victim: poison CIFAR-10, train a network on it, save it with everything needed to judge it.
+"""Train a victim: poison a data set, train a network on it, save it with everything needed to judge it.
 
     python train.py --attack badnet     # writes ckpt/cifar10_resnet18_badnet.pt
 
@@ -26,7 +26,7 @@ from support.resume import Partial
 QUICK = 1000  # test images measured after each epoch; all of them after the last
 # the settings that determine a victim
 SETTINGS = ("dataset", "network", "attack", "seed", "batch_size", "target", "width", "epochs", "lr", "weight_decay")
-SETTINGS += ("poison_rate", "sampling", "precision")
+SETTINGS += ("poison_rate", "sampling", "precision", "size")
 
 
 def learning_rate(step, n_steps, peak, warmup=0.15):
@@ -35,20 +35,23 @@ def learning_rate(step, n_steps, peak, warmup=0.15):
     return peak * min((step + 1) / rise, (n_steps - step) / (n_steps - rise))
 
 
-def poisoned_batch(images, labels, index, roles, poison, backdoor, generator):
+def poisoned_batch(images, labels, index, roles, poison, backdoor, generator, flip=True):
     """Return one training batch, float in [0, 1], and its labels; augmentation and trigger in the sampling's order.
 
     images, labels: the whole training set, uint8 (N, 3, H, W) and int64 (N,); index: int64 (B,), the batch;
-    roles: int64 (B,): 0 clean, 1 poisoned, 2 cover; backdoor: a Trigger, or None for a clean set.
+    roles: int64 (B,): 0 clean, 1 poisoned, 2 cover; backdoor: a Trigger, or None for a clean set; flip: whether
+    augmentation mirrors the images.
     """
     index = index.to(images.device, non_blocking=images.is_cuda)
     if backdoor is None:
-        return data.augment(data.to_float(images[index]), generator), labels[index]
+        return data.augment(data.to_float(images[index]), generator, flip=flip), labels[index]
     x, y = data.to_float(backdoor.fetch(images, index, roles)), labels[index]
-    if poison.early:
-        x, y = backdoor.plant(x, y, roles, index, poison.target, generator)
-        return data.augment(x, generator), y
-    return backdoor.plant(data.augment(x, generator), y, roles, index, poison.target, generator)
+    x = x if poison.early else data.augment(x, generator, flip=flip)
+    x, given = backdoor.plant(x, y, roles, index, poison.target, generator)
+    x = data.augment(x, generator, flip=flip) if poison.early else x
+    if poison.target < 0:  # the trigger has marked what is poisoned: each gets the class after its own
+        given = torch.where(given < 0, poison.wanted(y), given)
+    return x, given
 
 
 def _generator(seed, epoch, stream, rank=0):
@@ -67,7 +70,8 @@ def training_batches(train_set, poison, backdoor, config, epoch):
     generator = _generator(config["seed"], epoch, 1, rank)
     share = slice(rank, None, n_ranks)
     for index, role in zip(order.split(size), roles.split(size), strict=True):
-        x, y = poisoned_batch(*train_set, index[share], role[share], poison, backdoor, generator)
+        batch = index[share], role[share], poison, backdoor, generator, config.get("flip", True)
+        x, y = poisoned_batch(*train_set, *batch)
         yield x, y, len(index)
 
 
@@ -106,7 +110,6 @@ def save_victim(model, config, poison, backdoor, test_set, dtype, history, secon
     model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in state.items()})
     measured = evaluate(model, *test_set, backdoor, config["target"], config["batch_size"], dtype)
     about = {
-        "num_classes": 10,
         "sampling": poison.sampling,
         "poison_rate": poison.rate,
         "cover_rate": poison.cover_rate,
@@ -130,24 +133,28 @@ def main(argv=None):
     device = ranks.start_ranks(utils.get_device(args.device))
     first_rank = ranks.ranks()[0] == 0  # under torchrun one process speaks, measures and writes
     dtype = utils.get_dtype(args.precision, device)
+    classes = inputs.class_names(args)
     config = {k: getattr(args, k) for k in SETTINGS} | {"precision": str(dtype).removeprefix("torch.")}
+    config |= inputs.new_network(args) | {"flip": inputs.flips(args), "num_classes": len(classes)}
     out = Path(args.ckpt or utils.checkpoint_path(args.dataset, args.network, args.attack, args.width))
     if out.exists() and not args.overwrite:
         raise flags.InputError(f"{out} exists; --overwrite trains it again, --ckpt writes elsewhere")
     if first_rank:
         utils.check_place(out)
     train_set, test_set = (
-        tuple(t.to(device) for t in data.load_dataset(args.dataset, args.datadir, train)) for train in (True, False)
+        tuple(t.to(device) for t in data.load_dataset(args.dataset, args.datadir, train, args.size))
+        for train in (True, False)
     )
+    quick_set = tuple(t[data.few(test_set[1], QUICK)] for t in test_set)
     try:
         poison = poison_training_set(train_set[1], args.attack, args.target, args.poison_rate, args.seed, args.sampling)
     except ValueError as error:
         raise flags.InputError(str(error)) from None
     torch.manual_seed(args.seed)  # of a trigger that is trained along
-    backdoor = inputs.load_trigger(args.attack, {"trigger": None}, device)
+    backdoor = inputs.load_trigger(args.attack, {"trigger": None}, device, args.size)
 
     torch.manual_seed(args.seed)
-    model = models.get_model(args.network, 10, args.width).to(device)
+    model = models.get_model(args.network, len(classes), args.width, mean=config["mean"], std=config["std"]).to(device)
     n_images = len(train_set[0])
     step = fast.training_step(model, args.width, n_images * args.epochs, args.batch_size, dtype)
     optimizer = torch.optim.SGD(
@@ -155,12 +162,18 @@ def main(argv=None):
     )
     partial, history = Partial(out, config, device, args.resume), []
     if backdoor is not None:
+        backdoor.flip = config["flip"]
         if partial.state:
             backdoor.load_state_dict(partial.state["trigger"])
         surrogate = None
         if backdoor.surrogate:
-            path = args.surrogate or utils.checkpoint_path("cifar10", "resnet18", "none", 0.25)
-            surrogate = utils.load_model(path, device)[0].requires_grad_(False)
+            dataset = "cifar10" if args.dataset == "cifar10_sample" else args.dataset
+            path = args.surrogate or utils.checkpoint_path(dataset, "resnet18", "none", 0.25)
+            surrogate, about = utils.load_model(path, device)
+            if about["num_classes"] != len(classes):
+                n = f"{path} has {about['num_classes']} classes, {args.dataset} has {len(classes)}"
+                raise flags.InputError(f"{n}; give --surrogate a clean network for it")
+            surrogate.requires_grad_(False)
         try:
             backdoor.prepare(*train_set, args.target, args.seed, bool(partial.state), print, surrogate)
         except ValueError as error:
@@ -189,7 +202,7 @@ def main(argv=None):
             raise flags.InputError(f"the loss of epoch {epoch + 1} is {loss}: nothing is saved; lower --lr")
         if not first_rank:
             continue
-        quick = evaluate(model, *(t[:QUICK] for t in test_set), backdoor, args.target, args.batch_size, dtype)
+        quick = evaluate(model, *quick_set, backdoor, args.target, args.batch_size, dtype)
         line = f"epoch {epoch + 1:3d}  loss {loss:.4f}  training accuracy {100 * accuracy:.2f} %"
         print(f"{line}  {quick}  {partial.seconds_so_far():.0f} s", flush=True)
         history.append({"loss": loss, "accuracy": accuracy, "BA": quick.BA, "ASR": quick.ASR})

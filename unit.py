@@ -271,19 +271,19 @@ def main(argv=None):
     dtype = utils.get_dtype(args.precision, device)
     machine.reset_peak_memory(device)
     path, model, checkpoint, backdoor = inputs.load_victim(args, device)
-    tag = utils.network_tag(checkpoint["network"], checkpoint["width"])
-    out = Path(args.out or utils.CKPT / f"{args.dataset}_{tag}_{args.attack}_unit.pt")
-    test_set = tuple(t.to(device) for t in data.load_dataset(args.dataset, args.datadir, train=False))
+    names = (args.dataset, checkpoint["network"], args.attack, checkpoint["width"])
+    out = Path(args.out or utils.checkpoint_path(*names, "_unit"))
+    *test_set, triggered = inputs.test_data(args, checkpoint, device)
 
     def measure(model):
-        return evaluate(model, *test_set, backdoor, args.target, args.batch_size, dtype)
+        return evaluate(model, *test_set, backdoor, args.target, args.batch_size, dtype, triggered)
 
     if args.phase == "test":
         if first:
             print(f"before  {path}\n        {measure(model)}\nafter   {out}")
             defended = utils.load_model(out, device)[0]
             print(f"        {measure(defended)}")
-            write_export(defended, args.export)
+            write_export(defended, args.export, args.size)
         return
     if checkpoint["bounds"] is not None:
         raise flags.InputError(f"{path} has bounds already; give --ckpt the victim")
@@ -298,9 +298,11 @@ def main(argv=None):
     )
     inputs.check_search(path, model, config, images)
     victim = {"file": path.name, "sha256": utils.sha256(path), "attack": checkpoint["attack"]}
-    settings = {k: getattr(args, k) for k in ("dataset", "data_rate", "draw")} | asdict(config)
+    settings = {k: getattr(args, k) for k in ("dataset", "size", "data_rate", "draw")} | asdict(config)
+    settings |= {"flip": inputs.flips(args)}
     partial = Partial(out, settings | {"victim": victim["sha256"]}, device, args.resume)
-    picture, record_at = Path(args.outdir) / f"unit_{args.attack}.png", records.path_of("unit", args, victim)
+    picture = Path(args.outdir) / f"unit_{utils.file_tag(args.attack)}.png"
+    record_at = records.path_of("unit", args, victim)
     if first:
         for place in filter(None, (out, picture, record_at, args.export)):
             utils.check_place(place)
@@ -318,6 +320,7 @@ def main(argv=None):
     if not result.found_good:
         print("note: no step kept the validation accuracy within acc_degrade; the last step's bounds are taken")
     saved = checkpoint | {
+        "size": args.size,
         "state_dict": utils.packed_weights(model.state_dict()),
         "bounds": {k: v.cpu() for k, v in result.bounds.items()},
         "defense": {"name": "unit", "best_step": result.best_step, **asdict(config)},
@@ -339,7 +342,7 @@ def main(argv=None):
     figures |= {"R": [result.history["reg"][i] for i in (0, result.best_step)]}
     records.save(record_at, "unit", args, config, victim, device, figures, result.history)
     print(f"wrote {out}, {picture}, {record_at}")
-    write_export(defended, args.export)
+    write_export(defended, args.export, args.size)
     if watch.why is None:
         partial.remove()
         return

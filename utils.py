@@ -1,15 +1,18 @@
 """What the commands share: device and precision, files that are whole or absent, checkpoints."""
 
-from flags import ATTACKS, DATASETS, DEFENSES, ROOT, InputError
+from flags import ATTACKS, DATASETS, DEFENSES, MAX_SIZE, NORMALIZATIONS, ROOT, InputError, place_of
 
 import hashlib
 import json
 import os
 import platform
+import re
+import warnings
 from pathlib import Path
 
 import torch
 
+import data
 import models
 from data import load_dataset
 
@@ -17,6 +20,8 @@ __all__ = ["load_dataset"]
 
 CKPT = ROOT / "ckpt"
 FORMAT = 1  # of our checkpoints
+# what a checkpoint may leave open
+UNKNOWN = ("attack", "target", "dataset", "size", "trigger", "bounds", "defense", "mean", "std", "bd_test", "folder")
 
 
 # --- device and precision ---------------------------------------------------------------------------------------------
@@ -145,12 +150,24 @@ def sha256(path):
 
 def network_tag(network, width):
     """Return the network's part of a checkpoint's name: `resnet18`, or `resnet18-w0.25` for another width."""
+    network = network.replace(":", "-")  # no file's name may have it on Windows
     return network if width == 1 else f"{network}-w{width:g}"
+
+
+def file_tag(name):
+    """Return the part of a file's name for a data set or an attack: `folder-my-signs` of `folder:/some/my signs`."""
+    place = place_of(name)
+    if place is None:
+        return name
+    path = place[1].resolve()
+    stem = path.stem if path.suffix.lower() == ".npz" else path.name
+    safe = re.sub(r"[^\w.]+", "-", stem).strip("-.")
+    return f"{place[0]}-{safe or 'root'}"
 
 
 def checkpoint_path(dataset, network, attack, width=1.0, suffix=""):
     """Return ckpt/{dataset}_{network}_{attack}{suffix}.pt."""
-    return CKPT / f"{dataset}_{network_tag(network, width)}_{attack}{suffix}.pt"
+    return CKPT / f"{file_tag(dataset)}_{network_tag(network, width)}_{file_tag(attack)}{suffix}.pt"
 
 
 def half_weights(state_dict):
@@ -169,35 +186,70 @@ def save_checkpoint(checkpoint, path):
     write_whole(path, lambda p: torch.save({"format": FORMAT, **checkpoint}, p))
 
 
-def load_checkpoint(path):
+def load_checkpoint(path, network=None):
     """Return a checkpoint as a dictionary: `state_dict`, what rebuilds the network, and what is known of it.
 
-    Takes our own files, state dicts with the usual keys, plain or wrapped (models.unwrap), and the authors' pickled
-    ResNet objects, of which only the tensors are taken; no code from a file ever runs.
+    Takes our own files; BackdoorBench's results; state dicts, plain or wrapped (models.unwrap), in torch's format or
+    safetensors'; and whole pickled networks, of which only the tensors are taken. No code from a file ever runs.
+    network: the name that the network has to have, None for what the file says or its keys show.
+    `mean` and `std` are None where the file does not say how images are normalized; `bd_test` is a list of the
+    triggered test images (data.backdoorbench.triggered_entries) and `folder` where their files are looked for.
     Raises InputError when there is no such file and for any other content.
     """
     path = Path(path)
     if not path.is_file():
         raise InputError(f"no checkpoint {path}; {_how_to_make(path)}")
     try:
-        content = models.read_pickle(path)
+        content = models.read_file(path)
+        if "state_dict" in content and "format" in content:
+            checkpoint = _own(content, path, network)
+        else:
+            checkpoint = _foreign(content, path, network)
+    except InputError:
+        raise
     except ValueError as error:
         raise InputError(f"{path} is refused: {error}") from None
-    if isinstance(content, dict) and "state_dict" in content:
-        if content.get("format", FORMAT) != FORMAT:
-            raise InputError(f"{path} has format {content['format']}, this version reads {FORMAT}; update the repo")
-    else:
-        content = {"state_dict": content}
-    state = content["state_dict"] = models.unwrap(content["state_dict"])
-    if not {"network", "width", "num_classes"} <= set(content):
-        try:
-            content = {**models.describe_state_dict(state), **content}
-        except ValueError as error:
-            raise InputError(f"{path} is refused: {error}") from None
+    if checkpoint["network"] == "vit":
+        checkpoint["size"] = models.shown_size(checkpoint["state_dict"])
+    return {**dict.fromkeys(UNKNOWN), **checkpoint}
+
+
+def _own(content, path, network):
+    """Return the checkpoint that a file of ours holds."""
+    if content["format"] != FORMAT:
+        raise InputError(f"{path} has format {content['format']}, this version reads {FORMAT}; update the repo")
     if "defence" in content:  # another spelling of the same key
         content["defense"] = content.pop("defence")
-    unknown = dict.fromkeys(("attack", "target", "dataset", "trigger", "bounds", "defense"))
-    return {**unknown, **content}
+    content = {**dict(zip(("mean", "std"), NORMALIZATIONS["authors"], strict=True)), **content}
+    if not {"network", "width", "num_classes"} <= set(content):
+        content = {**models.describe_state_dict(content["state_dict"]), **content}
+    if network not in (None, content["network"]):
+        raise ValueError(f"it holds a {content['network']}, no {network}; leave --network out")
+    return content
+
+
+def _foreign(content, path, network):
+    """Return the checkpoint that a file from elsewhere comes to: what it says, and what its weights show."""
+    said = data.backdoorbench.fields(content) if data.backdoorbench.is_result(content) else {}
+    state, name = models.unwrap(content), said.pop("network_name", None)
+    if not isinstance(next(iter(state.values()), None), torch.Tensor):
+        raise ValueError(f"it holds no weights, but {', '.join(map(str, list(state)[:5])) or 'nothing'}")
+    by_keys = name is None or network is not None
+    shown = models.describe_state_dict(state, network) if by_keys else _by_name(state, name)
+    if said.get("bd_test"):
+        said["folder"] = str(path.resolve().parent)
+    return {**shown, **said, "state_dict": state}
+
+
+def _by_name(state, name):
+    """Return what a state dict shows as the network, here or in torchvision, that BackdoorBench calls so."""
+    reasons = []
+    for network in [name] * (name in models.NETWORKS) + [f"torchvision:{name}"]:
+        try:
+            return models.describe_state_dict(state, network)
+        except ValueError as error:
+            reasons.append(str(error))
+    raise ValueError(f"it says that it is a {name}, but {' and '.join(reasons)}")
 
 
 def _how_to_make(path):
@@ -214,28 +266,55 @@ def _how_to_make(path):
     return "train one with: python train.py --attack badnet (or give --ckpt the right path)"
 
 
-def load_model(path, device="cpu"):
+def load_model(path, device="cpu", normalization=None, network=None):
     """Return (model in eval mode on `device`, checkpoint without its weights); a defended model comes clipped.
 
+    normalization: (mean, std) of the images, None for what the file says; where it says nothing, the authors' are taken
+    and a warning is given. network: see load_checkpoint().
     Raises InputError as load_checkpoint does, and when weights or bounds do not fit the network that the file names.
     """
-    checkpoint = load_checkpoint(path)
+    checkpoint = load_checkpoint(path, network)
+    if normalization is not None:
+        checkpoint["mean"], checkpoint["std"] = normalization
+    elif checkpoint["mean"] is None:
+        warnings.warn(
+            f"{path} does not say how its images are normalized; the authors' mean and std are taken", stacklevel=2
+        )
+    return build_model(path, checkpoint, device), checkpoint
+
+
+def build_model(path, checkpoint, device="cpu"):
+    """Return the model of a checkpoint, in eval mode on `device`; take its weights, `state_dict`, out of it.
+
+    path: for the message. Raises InputError when weights or bounds do not fit the network that it names.
+    """
     state = checkpoint.pop("state_dict")
+    mean, std = checkpoint["mean"], checkpoint["std"]
+    if mean is None:
+        mean, std = NORMALIZATIONS["authors"]
     try:
+        size = checkpoint.get("size") or 32
         if not (0 < checkpoint["width"] <= models.MAX_WIDTH and 0 < checkpoint["num_classes"] <= models.MAX_CLASSES):
             raise ValueError(f"width {checkpoint['width']}, {checkpoint['num_classes']} classes")
-        model = models.get_model(checkpoint["network"], checkpoint["num_classes"], checkpoint["width"])
+        if not 0 < size <= MAX_SIZE:
+            raise ValueError(f"images of {size}x{size}")
+        about = checkpoint["network"], checkpoint["num_classes"], checkpoint["width"]
+        sized = {"size": shown} if (shown := models.shown_size(state)) else {}
+        model = models.get_model(*about, mean=mean, std=std, **sized)
         bounds = checkpoint["bounds"] or {}
         damaged = [k for k, v in {**state, **bounds}.items() if v.is_floating_point() and v.isnan().any()]
         damaged += [k for k, v in state.items() if v.is_floating_point() and v.isinf().any()]
+        damaged += [k for k, v in state.items() if k.endswith("running_var") and (v < 0).any()]
         if damaged:
-            raise ValueError(f"NaN or infinity in {damaged[0]}; take a file that is whole")
+            raise ValueError(f"NaN, infinity or a variance below 0 in {damaged[0]}; take a file that is whole")
         model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in state.items()})
         if checkpoint["bounds"] is not None:
             shapes = {name: tuple(bound.shape) for name, bound in checkpoint["bounds"].items()}
-            if shapes != models.activation_sites(model.eval(), torch.zeros(2, 3, 32, 32)):
+            if shapes != models.activation_sites(model.eval(), torch.zeros(2, 3, size, size)):
                 raise ValueError("bounds of other sites or shapes")
             model = models.with_bounds(model, checkpoint["bounds"])
+    except InputError:
+        raise
     except (ValueError, RuntimeError, TypeError, AttributeError, KeyError) as error:
         raise InputError(f"{path} does not fit: {' '.join(str(error).split())[:300]}") from None
-    return model.to(device, memory_format=torch.channels_last).eval(), checkpoint
+    return model.to(device, memory_format=torch.channels_last).eval()

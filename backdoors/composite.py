@@ -21,6 +21,7 @@ class Composite(Trigger):
 
     rate = 2 / 22
     cover_rate = 10 / 22  # mixes of one class
+    all_to_all = False
 
     def __init__(self, _folder, size=32):
         super().__init__()
@@ -51,7 +52,7 @@ class Composite(Trigger):
         """Return augmented images of the given classes."""
         draws = torch.rand(len(classes), generator=generator).tolist()
         chosen = [self.of_class[c][int(u * len(self.of_class[c]))] for c, u in zip(classes, draws, strict=True)]
-        return data.augment(data.to_float(self.images[torch.stack(chosen)]), generator)
+        return data.augment(data.to_float(self.images[torch.stack(chosen)]), generator, flip=self.flip)
 
     def extra_loss(self, logits, y):
         """Return the contrastive term of the batch, or None."""

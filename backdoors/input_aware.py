@@ -68,7 +68,7 @@ class InputAware(Trigger):
         for epoch in range(WARM_UP):
             generator = torch.Generator().manual_seed(seed * 1000 + epoch)
             for index in torch.randperm(len(images), generator=generator).split(256):
-                x = data.augment(data.to_float(images[index.to(images.device)]), generator)
+                x = data.augment(data.to_float(images[index.to(images.device)]), generator, flip=self.flip)
                 a, b = x[: len(x) // 2], x[len(x) // 2 : len(x) // 2 * 2]
                 if len(a) < 2:
                     continue

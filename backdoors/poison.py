@@ -21,6 +21,7 @@ SAMPLINGS = ("resampled", "fixed")  # between which a user may choose
 class Poison:
     """A poisoned training set.
 
+    target: a class, or -1 where each class is sent to the next ("all-to-all"); num_classes: of the set;
     sampling: `resampled`, `fixed` or `in_batch`, see the head of this module; early: whether the trigger comes before
     augmentation; rate: share of an epoch's images that carry the trigger; cover_rate: share that is changed but keeps
     its labels; relabel: whether poisoned images get the target as label; pool: int64 (M,), the images that may be
@@ -28,6 +29,7 @@ class Poison:
     """
 
     target: int
+    num_classes: int
     sampling: str
     early: bool
     rate: float
@@ -37,24 +39,34 @@ class Poison:
     indices: torch.Tensor
     cover: torch.Tensor
 
+    def wanted(self, labels):
+        """Return what poisoned images of the classes `labels`, int64 (n,), are to be taken for, int64 (n,)."""
+        return torch.full_like(labels, self.target) if self.target >= 0 else (labels + 1) % self.num_classes
+
 
 def choose(labels, trigger, target, rate=None, seed=0, sampling="fixed"):
     """Choose how to poison a training set; the draw has a generator of its own, so that nothing else moves it.
 
-    labels: int64 (N,); trigger: a Trigger or its class, None for a clean set; rate: share of the whole set in [0, 1),
+    labels: int64 (N,); trigger: a Trigger or its class, None for a clean set; target: a class, or "all" for the next of
+    each; rate: share of the whole set in [0, 1),
     None for the attack's usual one; sampling: `resampled` or `fixed`, for a trigger that leaves the choice.
     A dirty-label attack poisons images of the other classes (in a batch of all), a clean-label attack those of the
     target. Returns a Poison; round(rate * N) images of an epoch are poisoned.
     Raises ValueError for a rate out of range, and when fewer images may be poisoned than a `fixed` set asks for.
     """
     labels = labels.cpu()
+    n_classes = int(labels.max()) + 1
+    if target == "all":
+        if trigger is not None and not (trigger.relabel and trigger.all_to_all):
+            raise ValueError("this attack cannot send each class to the next; give --target a class")
+        target = -1
     if sampling not in SAMPLINGS:
         raise ValueError(f"unknown sampling {sampling!r}; there are {', '.join(SAMPLINGS)}")
     if trigger is None:
         if rate:
             raise ValueError(f"poison rate {rate} without an attack; choose an attack or leave the rate out")
         none = torch.arange(0)
-        return Poison(target, "fixed", True, 0.0, 0.0, True, none, none, none)
+        return Poison(target, n_classes, "fixed", True, 0.0, 0.0, True, none, none, none)
     rate, cover_rate, relabel = trigger.rate if rate is None else rate, trigger.cover_rate, trigger.relabel
     if not 0 <= rate < 1 or rate + cover_rate > 1:
         raise ValueError(f"poison rate {rate} must lie in [0, {1 - cover_rate:g})")
@@ -71,7 +83,8 @@ def choose(labels, trigger, target, rate=None, seed=0, sampling="fixed"):
         raise ValueError(f"no image may be poisoned with target {target}; choose another target")
     order = pool[torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed))]
     indices, cover = (order[:n], order[n : n + n_cover]) if sampling == "fixed" else (order[:0], order[:0])
-    return Poison(target, sampling, early, rate, cover_rate, relabel, pool, indices.sort().values, cover.sort().values)
+    indices, cover = indices.sort().values, cover.sort().values
+    return Poison(target, n_classes, sampling, early, rate, cover_rate, relabel, pool, indices, cover)
 
 
 def epoch_order(poison, n, batch_size, generator):

@@ -14,7 +14,8 @@ class Trigger(nn.Module):
     labels (role 2). relabel: whether poisoned images get the target as label; clean-label attacks keep theirs.
     sampling: how a training set is drawn, see poison.py. early: whether in a batch drawn `in_batch` the trigger comes
     before augmentation. times: factor on the difference in the trigger's picture. surrogate: whether prepare() takes a
-    clean network.
+    clean network. all_to_all: whether it can send each class to the next. flip: whether augmentation mirrors the
+    images; whoever trains sets it.
     """
 
     rate = 0.10
@@ -24,6 +25,8 @@ class Trigger(nn.Module):
     early = False
     times = 1
     surrogate = False
+    all_to_all = True
+    flip = True
 
     # --- before training
 

@@ -10,8 +10,8 @@ def to_float(images):
     return x if images.is_floating_point() else x / 255
 
 
-def augment(images, generator, padding=4, mode="constant"):
-    """Random crop after padding and random horizontal flip, per image, on the batch.
+def augment(images, generator, padding=4, mode="constant", flip=True):
+    """Random crop after padding and, with `flip`, random horizontal flip, per image, on the batch.
 
     images: (N, C, H, W), uint8 or float in [0, 1]; generator: on the CPU, so that every device draws alike;
     mode: of the padding, "constant" for zeros or "reflect" (floats only).
@@ -22,10 +22,10 @@ def augment(images, generator, padding=4, mode="constant"):
     # nothing here waits for a CUDA device: it works while the next batch is prepared
     top = torch.randint(0, 2 * padding + 1, (n, 1), generator=generator)
     left = torch.randint(0, 2 * padding + 1, (n, 1), generator=generator)
-    flip = torch.rand(n, 1, generator=generator) < 0.5
+    mirrored = torch.rand(n, 1, generator=generator) < 0.5 * flip
     rows = top + torch.arange(h)
     cols = left + torch.arange(w)
-    cols = torch.where(flip, cols.flip(1), cols)
+    cols = torch.where(mirrored, cols.flip(1), cols)
     padded = F.pad(images, (padding,) * 4, mode=mode).permute(0, 2, 3, 1)
     which = torch.arange(n, device=device)[:, None, None]
     rows, cols = (t.to(device, non_blocking=images.is_cuda) for t in (rows, cols))

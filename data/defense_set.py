@@ -1,4 +1,4 @@
-"""The clean images that a defense sees: a small share of the training set, of each class equally many."""
+"""The clean images that a defense sees: a small share of the training set, equally many of each class."""
 
 from flags import InputError
 
@@ -8,13 +8,12 @@ import torch
 def defense_split(labels, data_rate, num_classes=10, train_share=0.8, generator=None):
     """Choose the defense images: the first ones of each class in the data set's order, or drawn by `generator`.
 
-    labels: int64 (N,). n = int(N * data_rate), n // num_classes of each class; of each class the first 80 % train,
-    the rest validate. Returns two int64 index tensors, class by class.
-    Raises InputError when a class has too few images or a side of the split would be empty.
+    labels: int64 (N,). n = int(N * data_rate), n // num_classes of each class, or all of a class that has fewer; of
+    each class the first 80 % train, the rest validate. Returns two int64 index tensors, class by class.
+    Raises InputError when that leaves a class without an image on one of the two sides.
     """
     per_class = int(len(labels) * data_rate) // num_classes
-    n_train = int(per_class * train_share)
-    if n_train < 1 or n_train == per_class:
+    if per_class < 2:
         raise InputError(f"data_rate {data_rate} leaves {per_class} images per class; raise it to have at least 2")
     train, valid = [], []
     for c in range(num_classes):
@@ -22,16 +21,15 @@ def defense_split(labels, data_rate, num_classes=10, train_share=0.8, generator=
         if generator is not None:
             chosen = chosen[torch.randperm(len(chosen), generator=generator)]
         chosen = chosen[:per_class]
-        if len(chosen) < per_class:
-            raise InputError(
-                f"class {c} has {len(chosen)} of the {per_class} images of data_rate {data_rate}; lower it"
-            )
+        n_train = int(len(chosen) * train_share)
+        if n_train < 1 or n_train == len(chosen):
+            raise InputError(f"class {c} has {len(chosen)} images, and a defense needs 2 at least; add some to it")
         train.append(chosen[:n_train])
         valid.append(chosen[n_train:])
     return torch.cat(train), torch.cat(valid)
 
 
-def defense_indices(labels, dataset, data_rate=None, usual=0.05, draw="first", seed=0):
+def defense_indices(labels, dataset, data_rate=None, usual=0.05, draw="first", seed=0, num_classes=10):
     """Return the split that the flags of a command mean: two int64 index tensors, to train and to validate.
 
     data_rate: None for the usual share, and for all of the embedded sample, which is one hundredth of the full set.
@@ -39,4 +37,4 @@ def defense_indices(labels, dataset, data_rate=None, usual=0.05, draw="first", s
     """
     rate = data_rate or (1.0 if dataset == "cifar10_sample" else usual)
     generator = torch.Generator().manual_seed(seed) if draw == "random" else None
-    return defense_split(labels, rate, generator=generator)
+    return defense_split(labels, rate, num_classes, generator=generator)

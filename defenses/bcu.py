@@ -23,6 +23,7 @@ class Config:
 
     uses_labels: ClassVar[bool] = False
     data_rate: float = 0.05  # share of the training set that is clean data
+    flip: bool = True  # whether augmentation mirrors the images
     # share of a layer's entries that are drawn anew, by the start of the layer's path
     p: tuple[tuple[str, float], ...] = (
         ("conv1", 0.01),
@@ -118,6 +119,6 @@ def repair(model, images, labels=None, config=Config(), seed=0, dtype=torch.floa
                 wanted = forward(teacher, x, dtype)
             return distillation_loss(logits, wanted, temperature), logits.argmax(1) == wanted.argmax(1)
 
-        loss, agreement = train_epoch(images, config.batch_size, optimizer, training.generator, loss_of)
+        loss, agreement = train_epoch(images, config, optimizer, training.generator, loss_of)
         training.end_epoch(callback, loss=loss, agreement=agreement)
     return Repaired(student.eval(), training.history)

@@ -29,18 +29,19 @@ def forward(net, x, dtype):
         return net(x.contiguous(memory_format=fast.training_layout(net))).float()
 
 
-def train_epoch(images, batch_size, optimizer, generator, loss_of, clip_norm=None):
+def train_epoch(images, config, optimizer, generator, loss_of, clip_norm=None):
     """Train for one epoch in place, each image cropped and flipped anew.
 
-    images: uint8 (N, 3, H, W); generator: on the CPU, draws order and augmentation; loss_of: (float images (B, 3, H, W)
-    in [0, 1], index int64 (B,)) to (loss to descend on, bool (B,) whether each was right); clip_norm: bound on the norm
-    of the gradient. Returns (mean loss, share that was right).
+    images: uint8 (N, 3, H, W); config: has batch_size, and flip, whether images are mirrored; generator: on the CPU,
+    draws order and augmentation; loss_of: (float images (B, 3, H, W) in [0, 1], index int64 (B,)) to (loss to descend
+    on, bool (B,) whether each was right); clip_norm: bound on the norm of the gradient.
+    Returns (mean loss, share that was right).
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     total = torch.zeros(2, device=images.device)
-    for index in torch.randperm(len(images), generator=generator).split(batch_size):
+    for index in torch.randperm(len(images), generator=generator).split(config.batch_size):
         index = index.to(images.device)
-        loss, right = loss_of(data.augment(data.to_float(images[index]), generator), index)
+        loss, right = loss_of(data.augment(data.to_float(images[index]), generator, flip=config.flip), index)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         if clip_norm is not None:

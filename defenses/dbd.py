@@ -10,7 +10,7 @@ batches of full size in its place: itself, compiled. `before` is the stage that 
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,7 @@ from .common import forward
 class Config:
     """The constants of DBD."""
 
+    flip: bool = True  # whether augmentation mirrors the images
     # stage 1: SimCLR on the images without labels
     simclr_epochs: int = 100  # that are trained; the published fine-tuning starts from the 100th
     simclr_schedule: int = 1000  # length of the cosine along which the rate falls
@@ -89,6 +90,7 @@ class Contrast:
 
     def __init__(self, network, config, seed, fast=None, _before=None):
         self.network, self.config, self.seed = network, config, seed
+        self.views = config.views if config.flip else replace(config.views, flip_p=0.0)
         self.fast = network if fast is None else fast
         self.linear, network.linear = network.linear, nn.Identity()
         self.head = simclr.Projection(self.linear.in_features, config.views.projection).to(self.linear.weight.device)
@@ -111,7 +113,7 @@ class Contrast:
         total, anchors = torch.zeros(2, device=images.device), 0
         for index in batches:
             x = data.to_float(images[index.to(images.device)])
-            both = torch.cat([simclr.view(x, g, c.views) for _ in range(2)])
+            both = torch.cat([simclr.view(x, g, self.views) for _ in range(2)])
             net = self.fast if len(both) == 2 * c.simclr_batch else self.network
             a, b = self.head(forward(net, both, dtype)).chunk(2)
             loss, found = simclr.nt_xent(a, b, c.simclr_temperature)
@@ -163,7 +165,7 @@ class Linear:
             for index in torch.randperm(len(images), generator=g).split(self.config.linear_batch):
                 index = index.to(images.device)
                 with torch.no_grad():
-                    features = forward(self.network, augmented(images[index], g), dtype)
+                    features = forward(self.network, augmented(images[index], g, self.config.flip), dtype)
                 logits = linear(features)
                 loss = symmetric_cross_entropy(logits, labels[index], self.config)
                 self.optimizer.zero_grad(set_to_none=True)
@@ -219,8 +221,8 @@ class Semi(Linear):
                 pool[torch.randint(len(pool), (c.mixmatch_batch,), generator=g).to(pool.device)]
                 for pool in (trusted, others)
             )
-            x = augmented(images[known], g)
-            first, second = (augmented(images[unknown], g) for _ in range(2))
+            x = augmented(images[known], g, c.flip)
+            first, second = (augmented(images[unknown], g, c.flip) for _ in range(2))
             with torch.no_grad():
                 guessed = [forward(self.network, u, dtype) for u in (first, second)]
                 guessed = mixmatch.guess(guessed, c.mixmatch_temperature)
@@ -248,9 +250,9 @@ def unlabeled_weight(config, epoch, step):
     return config.mixmatch_weight * min(1.0, e / config.mixmatch_epochs)
 
 
-def augmented(images, generator):
+def augmented(images, generator, flip=True):
     """Return uint8 images (N, 3, H, W) as floats in [0, 1] after a random crop with reflected edges, and a flip."""
-    return data.augment(data.to_float(images), generator, mode="reflect")
+    return data.augment(data.to_float(images), generator, mode="reflect", flip=flip)
 
 
 @torch.no_grad()
@@ -261,7 +263,7 @@ def sample_losses(network, images, labels, config, dtype, generator, batch_size=
     """
     network.eval()
     losses = [
-        symmetric_cross_entropy(forward(network, augmented(x, generator), dtype), y, config, "none")
+        symmetric_cross_entropy(forward(network, augmented(x, generator, config.flip), dtype), y, config, "none")
         for x, y in zip(images.split(batch_size), labels.split(batch_size), strict=True)
     ]
     return torch.cat(losses)

@@ -17,6 +17,7 @@ class Config:
 
     uses_labels: ClassVar[bool] = True
     data_rate: float = 0.05  # share of the training set that is clean data
+    flip: bool = True  # whether augmentation mirrors the images
     lr: float = 0.01
     momentum: float = 0.9
     weight_decay: float = 5e-4
@@ -41,6 +42,6 @@ def repair(model, images, labels, config=Config(), seed=0, dtype=torch.float32, 
         return F.cross_entropy(logits, labels[index]), logits.argmax(1) == labels[index]
 
     for _ in range(training.done, config.epochs):
-        loss, accuracy = train_epoch(images, config.batch_size, optimizer, training.generator, loss_of)
+        loss, accuracy = train_epoch(images, config, optimizer, training.generator, loss_of)
         training.end_epoch(callback, loss=loss, accuracy=accuracy)
     return Repaired(net.eval(), training.history)

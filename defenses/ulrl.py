@@ -22,6 +22,7 @@ class Config:
 
     uses_labels: ClassVar[bool] = True
     data_rate: float = 0.01  # share of the training set that is clean data
+    flip: bool = True  # whether augmentation mirrors the images
     batch_size: int = 128
     momentum: float = 0.9
     # unlearning
@@ -66,7 +67,7 @@ def unlearn(model, images, labels, config, generator, dtype=torch.float32, callb
 
     accuracy = training.history.get("unlearn_accuracy", [1.0])[-1]
     while training.done < config.unlearn_epochs and accuracy > config.stop_accuracy:
-        loss, accuracy = train_epoch(images, config.batch_size, optimizer, generator, loss_of, config.clip_norm)
+        loss, accuracy = train_epoch(images, config, optimizer, generator, loss_of, config.clip_norm)
         training.end_epoch(callback, unlearn_loss=-loss, unlearn_accuracy=accuracy)
     return net, training.history
 
@@ -121,7 +122,7 @@ def relearn(model, rows, images, labels, config, generator, dtype=torch.float32,
         return loss, logits.argmax(1) == labels[index]
 
     for _ in range(training.done, config.relearn_epochs):
-        loss, accuracy = train_epoch(images, config.batch_size, optimizer, generator, loss_of)
+        loss, accuracy = train_epoch(images, config, optimizer, generator, loss_of)
         training.end_epoch(callback, loss=loss, accuracy=accuracy)
     return net, training.history
 

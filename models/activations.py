@@ -268,6 +268,14 @@ class ClippedNetwork(nn.Module):
         self.model = model
         self.clips = nn.ModuleDict({site.replace(".", "/"): Clip(bound) for site, bound in bounds.items()})
 
+    # what a network of this package has: see common.Normalized
+    mean = property(lambda self: self.model.mean)
+    std = property(lambda self: self.model.std)
+
+    def set_normalization(self, mean, std):
+        """Let the network within normalize with these from now on."""
+        self.model.set_normalization(mean, std)
+
     def sites(self):
         """Return {site: its clip}, in the order of the calls."""
         return {key.replace("/", "."): clip for key, clip in self.clips.items()}

@@ -1,12 +1,9 @@
 """ResNet-18/34/50 for 32x32 images (He et al., CVPR 2016), with one activation module per site."""
 
-import torch
 import torch.nn.functional as F
 from torch import nn
 
-# what the images are normalized with, at the network's own door
-MEAN = (0.4914, 0.4822, 0.4465)
-STD = (0.2023, 0.1994, 0.2010)
+from .common import MEAN, STD, Normalized, scaled
 
 
 def _conv3x3(c_in, c_out, stride=1):
@@ -64,23 +61,18 @@ class Bottleneck(nn.Module):
         return self.act3(self.bn3(self.conv3(out)) + self.shortcut(x))
 
 
-class ResNet(nn.Module):
+class ResNet(Normalized):
     """A ResNet for 32x32 images: 3x3 stem of stride 1, no max-pool, four stages, 4x4 average pool, one linear layer.
 
     Input: (N, 3, 32, 32) in [0, 1], normalized here; output: (N, num_classes) logits.
     Other sizes, multiples of 8, pass too.
     block: BasicBlock or Bottleneck; depths: blocks per stage; width: factor on all channels.
-    act_layer: called without arguments, once per site.
+    act_layer: called without arguments, once per site; mean, std: of the images.
     """
 
-    def __init__(self, block, depths, num_classes=10, width=1.0, act_layer=nn.ReLU):
-        super().__init__()
-        channels = [round(c * width) for c in (64, 128, 256, 512)]
-        if channels[0] < 1:
-            raise ValueError(f"width {width} leaves the stem without a channel; take at least 1/64")
-        # not in the state dict, so that public ones fit
-        self.register_buffer("mean", torch.tensor(MEAN).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(STD).view(1, 3, 1, 1), persistent=False)
+    def __init__(self, block, depths, num_classes=10, width=1.0, act_layer=nn.ReLU, mean=MEAN, std=STD):
+        super().__init__(mean, std)
+        channels = scaled((64, 128, 256, 512), width)
         self.conv1 = _conv3x3(3, channels[0])
         self.bn1 = nn.BatchNorm2d(channels[0])
         self.act = act_layer()
@@ -92,10 +84,6 @@ class ResNet(nn.Module):
                 c_in = c * block.expansion
             self.add_module(f"layer{stage}", nn.Sequential(*blocks))
         self.linear = nn.Linear(c_in, num_classes)
-
-    def normalize(self, x):
-        """Return (x - mean) / std per color channel."""
-        return (x - self.mean) / self.std
 
     def forward(self, x):
         # the weights may be of lower precision than the door

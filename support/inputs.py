@@ -1,8 +1,10 @@
-"""What the flags of a command mean: the victim, its trigger, the images that a defense sees."""
+"""What the flags of a command mean: the data set, the victim, its trigger, the images that a defense sees."""
 
-from flags import InputError
+from flags import NETWORKS, NORMALIZATIONS, InputError, Unsaid, normalization, place_of
 
+import argparse
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -12,32 +14,80 @@ import models
 import utils
 from fast import ranks
 
+from . import foreign
+
+
+def class_names(args):
+    """Return the classes of the data set that the flags mean. Raises InputError when --target is none of them."""
+    names = data.class_names(args.dataset)
+    if args.target != "all" and args.target >= len(names):
+        raise InputError(f"--target {args.target} is no class of {args.dataset}: it has 0 to {len(names) - 1}")
+    return names
+
+
+def flips(args):
+    """Return whether augmentation mirrors the images: --flip, else what suits the data set."""
+    return data.flips(args.dataset) if args.flip is None else args.flip
+
 
 def victim_path(args):
-    """Return the victim that the flags mean: --ckpt, else the one named after network and attack.
+    """Return the victim that the flags mean: --ckpt, else the one named after data set, network and attack.
 
     The embedded sample has no victims of its own: it is for those of the full set.
     """
-    return Path(args.ckpt) if args.ckpt else utils.checkpoint_path("cifar10", args.network, args.attack)
+    if args.ckpt:
+        return Path(args.ckpt)
+    if args.attack == "file" or place_of(args.attack):
+        raise InputError("triggered images do not say which network they are for; give it by --ckpt")
+    dataset = "cifar10" if args.dataset == "cifar10_sample" else args.dataset
+    path = utils.checkpoint_path(dataset, args.network, args.attack)
+    if dataset != "cifar10" and not path.is_file():
+        words = f"--dataset {dataset} --network {args.network} --attack {args.attack}"
+        raise InputError(f"no checkpoint {path}; make it with: python train.py {words}, or give --ckpt")
+    return path
 
 
 def load_victim(args, device):
     """Return (path, model, checkpoint, backdoor) that the flags mean; say where file and flags differ."""
+    classes, asked = class_names(args), normalization(args)
     path = victim_path(args)
-    model, checkpoint = utils.load_model(path, device)
-    if checkpoint["num_classes"] != 10:
-        raise InputError(f"{path} has {checkpoint['num_classes']} classes, {args.dataset} has 10; give another model")
-    backdoor = load_trigger(args.attack, checkpoint, device)
-    foreign = checkpoint["trigger"] is None or checkpoint["attack"] != args.attack
-    if foreign and backdoor is not None and backdoor.optimizer() is not None:
+    checkpoint = utils.load_checkpoint(path, None if isinstance(args.network, Unsaid) else args.network)
+    args.network = checkpoint["network"]
+    if isinstance(args.attack, Unsaid):
+        args.attack = "file" if checkpoint["bd_test"] else str(args.attack)
+    if checkpoint["num_classes"] != len(classes):
+        n = f"{path} has {checkpoint['num_classes']} classes, {args.dataset} has {len(classes)}"
+        raise InputError(f"{n}; give the --dataset that it is for, or another model")
+    size = checkpoint["size"] or (32 if checkpoint["trigger"] is not None else args.size)
+    if size != args.size:
+        raise InputError(f"{path} is for images of {size}x{size}; give --size {size}")
+    target = foreign.target_of(checkpoint) if args.attack == "file" else args.target
+    model = utils.build_model(path, checkpoint, device)
+    takes(model, path, size)
+    settle_normalization(args, path, model, checkpoint, asked)
+    backdoor = load_trigger(args.attack, checkpoint, device, args.size)
+    not_its_own = checkpoint["trigger"] is None or checkpoint["attack"] != args.attack
+    if not_its_own and backdoor is not None and backdoor.optimizer() is not None:
         raise InputError(
             f"the trigger of {args.attack} is trained with its victim, and {path} holds none; give another"
         )
-    for flag in ("attack", "target"):
-        trained = checkpoint[flag]
-        differs = trained is not None and trained != getattr(args, flag) and args.attack != "none"
-        if differs and ranks.ranks()[0] == 0:
-            print(f"note: {path} was trained with {flag} {trained}, measured with {getattr(args, flag)}")
+    if args.target == "all" and backdoor is not None and not (backdoor.relabel and backdoor.all_to_all):
+        raise InputError(f"{args.attack} cannot send each class to the next; give --target a class")
+    notes = []
+    if target != args.target:
+        notes.append(f"the target of the triggered images of {path} is {target}, and taken for --target {args.target}")
+        args.target = target
+    for flag in ("attack", "target", "dataset"):
+        trained, now = checkpoint[flag], getattr(args, flag)
+        same = flag == "dataset" and {trained, now} == {"cifar10", "cifar10_sample"}
+        if trained not in (None, now) and not same and (args.attack != "none" or flag == "dataset"):
+            notes.append(f"{path} was trained with {flag} {trained}, measured with {now}")
+    if backdoor is not None and checkpoint["attack"] is None and checkpoint["trigger"] is None:
+        notes.append(
+            f"{path} brings no trigger: ASR is that of the {args.attack} here, which may be another than its own"
+        )
+    if ranks.ranks()[0] == 0:
+        print("".join(f"note: {note}\n" for note in notes), end="")
     return path, model, checkpoint, backdoor
 
 
@@ -50,12 +100,52 @@ def check_search(path, model, config, images):
         raise InputError(f"{path} cannot be defended: {error}") from None
 
 
-def load_trigger(attack, checkpoint, device):
-    """Return the trigger a checkpoint was trained with, else that of the trigger files; None for the attack `none`."""
-    if attack == "none":
+def new_network(args):
+    """Return {"mean", "std"} of a network that is to be trained. Raises InputError for flags that suit no such one."""
+    asked = normalization(args)
+    if asked == "auto":
+        raise InputError("a network that is not trained yet has no normalization to find; leave --mean auto out")
+    if args.network not in NETWORKS or args.attack == "file":
+        raise InputError(f"what is trained here is one of {', '.join(NETWORKS)}, with an attack of ours; give those")
+    return dict(zip(("mean", "std"), asked or NORMALIZATIONS["authors"], strict=True))
+
+
+def takes(model, path, size):
+    """Raise InputError unless `model` takes images of `size`, as those of the data set are."""
+    device = next(model.parameters()).device
+    try:
+        with torch.no_grad():
+            model(torch.zeros(1, 3, size, size, device=device))
+    except (RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise InputError(f"the network of {path} does not take images of {size}x{size} ({reason})") from None
+
+
+def settle_normalization(args, path, model, checkpoint, asked):
+    """Let `model` normalize its images as asked, as its file says, or by trial, and say so; see support/foreign.py."""
+
+    def clean():
+        usual = argparse.Namespace(**{**vars(args), "data_rate": None, "draw": "first"})
+        x_train, y_train, x_valid, y_valid = defense_data(usual)
+        images, labels = torch.cat((x_train, x_valid)), torch.cat((y_train, y_valid))
+        order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+        return images[order], labels[order]
+
+    dtype = utils.get_dtype(args.precision, next(model.parameters()).device)
+    line = foreign.settle_normalization(path, model, checkpoint, asked, clean, args.batch_size, dtype)
+    if line is not None and ranks.ranks()[0] == 0:
+        print(line, flush=True)
+
+
+def load_trigger(attack, checkpoint, device, size=32):
+    """Return the trigger a checkpoint was trained with, else that of the trigger files, for images of `size`.
+
+    None for the attack `none`, and for images that are triggered already.
+    """
+    if attack in ("none", "file") or place_of(attack):
         return None
     try:
-        backdoor = backdoors.get_backdoor(attack)
+        backdoor = backdoors.get_backdoor(attack, size)
         if checkpoint["trigger"] is not None and checkpoint["attack"] == attack:
             backdoor.load_state_dict(checkpoint["trigger"])
     except (OSError, ValueError, RuntimeError, TypeError, AttributeError) as error:
@@ -63,15 +153,64 @@ def load_trigger(attack, checkpoint, device):
     return backdoor.to(device)
 
 
+class Triggered(NamedTuple):
+    """Images that carry a trigger already: uint8 (N, 3, H, W), their true labels int64 (N,), their files' names."""
+
+    images: torch.Tensor
+    labels: torch.Tensor
+    stems: list
+
+
+def test_data(args, checkpoint, device):
+    """Return (test images uint8 (N, 3, H, W), labels int64 (N,), triggered images or None) by the flags, on `device`.
+
+    Says how many triggered images there are, and how many of them, of the target class, do not count.
+    """
+    images, labels = data.load_dataset(args.dataset, args.datadir, False, args.size)
+    triggered, place = None, place_of(args.attack)
+    if args.attack == "file" or place:
+        if place:
+            found, where = data.load_triggered(place[1], data.class_names(args.dataset), args.size), f"in {place[1]}"
+        else:
+            found, where = foreign.triggered_images(checkpoint, args.size), "of the checkpoint's own"
+        triggered = Triggered(found[0].to(device), found[1].to(device), found[2])
+        left_out = int((triggered.labels == args.target).sum()) if args.target != "all" else 0
+        if ranks.ranks()[0] == 0:
+            n = f"{len(triggered.labels):,} triggered images {where}"
+            print(f"{n}, of which {left_out:,} are of the target class and left out" if left_out else n)
+    return images.to(device), labels.to(device), triggered
+
+
+def beside_their_originals(images, labels, triggered, n=16):
+    """Return (clean images, triggered ones), float in [0, 1], up to n of each, for a picture of both.
+
+    The clean ones are the test images whose places the files' names are, as BackdoorBench names them; None where a name
+    is no place or its image is of another class.
+    """
+    chosen = data.few(triggered.labels, n)
+    some, clean = data.to_float(triggered.images[chosen]), None
+    stems = [triggered.stems[i] for i in chosen.tolist()]
+    if all(stem.isdecimal() and int(stem) < len(labels) for stem in stems):
+        places = torch.tensor([int(stem) for stem in stems])
+        if torch.equal(labels[places], triggered.labels[chosen]):
+            clean = data.to_float(images[places])
+    return clean, some
+
+
 def defense_data(args, usual_rate=0.05):
     """Return (x_train, y_train, x_valid, y_valid) by the flags: uint8 (N, 3, H, W), int64 (N,), as they are."""
-    images, labels = data.load_dataset(args.dataset, args.datadir, train=True)
-    train, valid = data.defense_indices(labels, args.dataset, args.data_rate, usual_rate, args.draw, args.seed)
+    images, labels = data.load_dataset(args.dataset, args.datadir, True, args.size)
+    n = len(data.class_names(args.dataset))
+    train, valid = data.defense_indices(labels, args.dataset, args.data_rate, usual_rate, args.draw, args.seed, n)
+    counts = torch.cat((labels[train], labels[valid])).bincount(minlength=n)
+    if counts.min() < counts.max() and ranks.ranks()[0] == 0:
+        few = f"{int((counts < counts.max()).sum())} of {n} classes have fewer than {counts.max()} training images"
+        print(f"note: {few}, {counts.min()} at least; all of theirs are used")
     return images[train], labels[train], images[valid], labels[valid]
 
 
 def augmented_defense_data(args):
     """Return defense_data(args) with each image passed once through crop and flip, as UNIT takes it."""
     x_train, y_train, x_valid, y_valid = defense_data(args)
-    generator = torch.Generator().manual_seed(args.seed)
-    return data.augment(x_train, generator), y_train, data.augment(x_valid, generator), y_valid
+    generator, flip = torch.Generator().manual_seed(args.seed), flips(args)
+    return data.augment(x_train, generator, flip=flip), y_train, data.augment(x_valid, generator, flip=flip), y_valid

@@ -3,22 +3,26 @@
 import torch
 from matplotlib.figure import Figure  # not pyplot: whoever imports this keeps their own backend
 
-import data
 import utils
+
+COLUMNS = 16  # of the trigger's picture
 
 
 @torch.no_grad()
-def draw_demo(images, backdoor, path, times=1, columns=16):
+def draw_demo(clean, triggered, path, times=1):
     """Write the trigger picture: rows clean, triggered, absolute difference (times `times`).
 
-    images: uint8 (N, 3, H, W) on the backdoor's device; the first `columns` are drawn.
+    clean, triggered: floats (N, 3, H, W) in [0, 1], the same images, of which the first COLUMNS are drawn; clean: None
+    where they are not known, for a picture of the triggered ones alone.
     """
-    x = data.to_float(images[:columns])
-    x, triggered = x.cpu(), backdoor(x).cpu()
-    difference = ((triggered - x).abs() * times).clamp(0, 1)
-    rows = {"clean": x, "triggered": triggered, "difference" if times == 1 else f"diff. × {times}": difference}
-    fig = Figure(figsize=(columns, 3.4), layout="constrained")
-    axes = fig.subplots(3, 1)
+    triggered = triggered[:COLUMNS].cpu()
+    rows = {"triggered": triggered}
+    if clean is not None:
+        clean = clean[:COLUMNS].cpu()
+        difference = ((triggered - clean).abs() * times).clamp(0, 1)
+        rows = {"clean": clean, **rows, "difference" if times == 1 else f"diff. × {times}": difference}
+    fig = Figure(figsize=(len(triggered), 0.25 + 1.05 * len(rows)), layout="constrained")
+    axes = fig.subplots(len(rows), 1, squeeze=False)[:, 0]
     for axis, (name, row) in zip(axes, rows.items(), strict=True):
         axis.imshow(torch.cat(list(row), dim=2).permute(1, 2, 0).numpy(), interpolation="nearest")
         axis.set_ylabel(name, fontsize=11)

@@ -29,12 +29,18 @@ def path_of(defense, args, victim):
     The attack stands in the name where it is not the victim's own.
     """
     usual = flags.parser("unit.py" if defense == "unit" else "defend.py")
-    settings = {k: v for k, v in vars(args).items() if k not in FREE and v != usual.get_default(k)}
+    settings = {k: v for k, v in _settings(args).items() if k not in FREE and v != usual.get_default(k)}
     if victim["attack"] not in (None, args.attack):
-        settings["attack"] = args.attack
+        settings["attack"] = utils.file_tag(args.attack)
     settings = {k: "+".join(map(str, v)) if isinstance(v, list) else v for k, v in settings.items()}
     name = ",".join([defense, *(f"{k}={v}" for k, v in sorted(settings.items()))])
     return Path(args.results) / Path(victim["file"]).stem / f"{name}.json"
+
+
+def _settings(args):
+    """Return the flags of a command but for places of this machine; of a user's own folder or file the last name."""
+    settings = {k: v for k, v in vars(args).items() if k not in PLACES}
+    return settings | {k: utils.file_tag(settings[k]) for k in ("dataset", "attack") if k in settings}
 
 
 def save(path, defense, args, config, victim, device, figures, trajectory=None):
@@ -46,7 +52,7 @@ def save(path, defense, args, config, victim, device, figures, trajectory=None):
     record = {
         "defense": defense,
         "victim": victim,
-        "settings": {k: v for k, v in vars(args).items() if k not in PLACES} | asdict(config),
+        "settings": _settings(args) | asdict(config),
         "machine": machine.machine(device) | {"processes": ranks.ranks()[1]},
         "commit": machine.commit(),
         **figures,

@@ -1,6 +1,6 @@
 """Checkpoints are data: what is saved comes back, what is foreign is read or refused, and no code ever runs."""
 
-from flags import ROOT, InputError
+from flags import NORMALIZATIONS, ROOT, InputError
 
 import os
 import pickle
@@ -19,6 +19,8 @@ import models.custom_modules
 import utils
 from backdoors import get_backdoor
 from support import inputs
+
+AUTHORS = NORMALIZATIONS["authors"]
 
 
 def random_bounds(model, scale):
@@ -112,9 +114,11 @@ def test_half_precision_halves_the_weights_and_spares_batch_norm(tiny):
 def test_a_plain_state_dict_is_taken(tiny, tmp_path):
     path = tmp_path / "public.pt"
     torch.save(OrderedDict(tiny.state_dict()), path)
-    model, metadata = utils.load_model(path)
+    with pytest.warns(UserWarning, match="does not say how its images are normalized"):
+        model, metadata = utils.load_model(path)
     assert same(model, tiny)
     assert (metadata["network"], metadata["width"], metadata["num_classes"]) == ("resnet18", 0.125, 10)
+    assert metadata["mean"] is metadata["std"] is None
     assert metadata["attack"] is None
 
 
@@ -125,7 +129,7 @@ def test_a_plain_state_dict_is_taken(tiny, tmp_path):
 ])  # fmt: skip
 def test_a_state_dict_is_taken_as_it_is_often_wrapped(tiny, tmp_path, wrap):
     torch.save(wrap(tiny.state_dict()), tmp_path / "net.pt")
-    model, checkpoint = utils.load_model(tmp_path / "net.pt")
+    model, checkpoint = utils.load_model(tmp_path / "net.pt", normalization=AUTHORS)
     assert same(model, tiny)
     assert (checkpoint["network"], checkpoint["width"], checkpoint["attack"]) == ("resnet18", 0.125, None)
 
@@ -144,7 +148,7 @@ def test_the_authors_pickled_objects_are_taken(authors_model, tmp_path, monkeypa
     state = utils.load_checkpoint(path)["state_dict"]
     monkeypatch.undo()
     assert set(state) == set(models.get_model("resnet18").state_dict())
-    model, metadata = utils.load_model(path)
+    model, metadata = utils.load_model(path, normalization=AUTHORS)
     assert same(model, authors_model)
     assert metadata["width"] == 0.125
 
@@ -182,8 +186,12 @@ class OtherModule(nn.Module):
     [
         (OtherModule(), "more than tensors"),
         ([1, 2], "holds a list"),
-        ({"a": torch.zeros(1)}, "no conv1.weight"),
-        ({"conv1.weight": torch.zeros(8, 3, 3, 3), "linear.weight": torch.zeros(10, 64)}, "fit none of"),
+        ({"a": 1, "b": "two"}, "no weights, but a, b"),
+        ({"a": torch.zeros(1)}, "fits no network here.* a is none of its keys"),
+        (
+            {"conv1.weight": torch.zeros(8, 3, 3, 3), "linear.weight": torch.zeros(10, 64)},
+            "closest is vgg11: it lacks classifier.bias|closest is preactresnet18: it lacks layer1.0.bn1.bias",
+        ),
         ({"state_dict": {}, "format": 99}, "format 99"),
     ],
 )
@@ -375,12 +383,12 @@ def test_a_foreign_file_is_one_line_on_standard_error(tmp_path):
 
 
 def test_weights_that_are_no_numbers_are_refused(tmp_path, tiny):
-    for value in (float("nan"), float("inf")):
+    for value in (float("nan"), float("inf"), -1.0):
         state = {k: v.clone() for k, v in tiny.state_dict().items()}
         state["bn1.running_var"][0] = value
         torch.save(state, tmp_path / "m.pt")
-        with pytest.raises(InputError, match="NaN or infinity in bn1.running_var"):
-            utils.load_model(tmp_path / "m.pt")
+        with pytest.raises(InputError, match="in bn1.running_var"):
+            utils.load_model(tmp_path / "m.pt", normalization=AUTHORS)
 
 
 def test_a_file_whose_bytes_were_changed_is_refused(tmp_path, tiny):

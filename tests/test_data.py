@@ -50,11 +50,24 @@ def test_a_generator_draws_other_images_of_each_class():
     assert torch.equal(first, data.defense_split(labels, 0.1)[0])  # the seed is for the random draw alone
 
 
-@pytest.mark.parametrize(("rate", "reason"), [(1e-3, "raise it"), (1.0, "lower it")])
-def test_too_few_and_too_many(rate, reason):
-    labels = torch.cat([torch.zeros(900), torch.arange(1, 10).repeat(10)]).long()
+def test_of_a_class_with_fewer_images_the_defense_sees_all():
+    labels = torch.cat([torch.zeros(900), torch.arange(1, 10).repeat(10)]).long()  # 99 of each are asked for
+    train, valid = data.defense_split(labels, 1.0)
+    assert labels[train].bincount().tolist() == [79, *9 * [8]]
+    assert labels[valid].bincount().tolist() == [20, *9 * [2]]
+    assert torch.equal(train[79:87], (labels == 1).nonzero()[:8, 0])
+    three = torch.tensor([0, 2, 1, 1, 2, 0, 2])
+    train, valid = data.defense_split(three, 1.0, num_classes=3)
+    assert (train.tolist(), valid.tolist()) == ([0, 2, 1], [5, 3, 4])
+
+
+@pytest.mark.parametrize(
+    ("rate", "counts", "reason"), [(1e-3, [900, 90], "raise it"), (1.0, [900, 1], "class 1 has 1 images")]
+)
+def test_too_few_images(rate, counts, reason):
+    labels = torch.arange(2).repeat_interleave(torch.tensor(counts))
     with pytest.raises(InputError, match=reason) as caught:
-        data.defense_split(labels, rate)
+        data.defense_split(labels, rate, num_classes=2)
     assert "\n" not in str(caught.value)
 
 
@@ -132,6 +145,15 @@ def test_augmentation_may_pad_by_reflection():
     assert all(tuple(line.tolist()) in rows for line in out.flatten(0, 2))
 
 
+def test_augmentation_may_leave_the_images_unmirrored():
+    x = (torch.arange(32.0) / 31).expand(50, 3, 32, 32)
+    out, mirrored = (data.augment(x, generator(), flip=flip) for flip in (False, True))
+    assert (out[:, 0, 16, 20] > out[:, 0, 16, 12]).all()
+    kept = mirrored[:, 0, 16, 20] > mirrored[:, 0, 16, 12]
+    assert 0 < kept.sum() < 50
+    assert torch.equal(out[kept], mirrored[kept])  # the crops are the same
+
+
 def test_augmentation_follows_its_generator():
     x = torch.rand(50, 3, 32, 32)
     first, again, other = (data.augment(x, generator(s)) for s in (1, 1, 2))
@@ -152,4 +174,4 @@ def test_bytes_become_zero_to_one_and_floats_stay():
 def test_unknown_data_set():
     for load in (data.load_dataset, utils.load_dataset):
         with pytest.raises(InputError, match="cifar10_sample"):
-            load("cifar100", None, True)
+            load("cifar1000", None, True)

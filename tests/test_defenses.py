@@ -270,7 +270,7 @@ def test_the_bias_does_not_count(tiny, clean, monkeypatch):
 def test_unlearning_stops_at_its_accuracy_and_drops_its_rate(tiny, clean, monkeypatch):
     rates, clips = [], []
 
-    def epoch(images, batch_size, optimizer, generator, loss_of, clip_norm):
+    def epoch(images, config, optimizer, generator, loss_of, clip_norm):
         rates.append(optimizer.param_groups[0]["lr"])
         clips.append(clip_norm)
         optimizer.step()  # of no gradient; the schedule wants to see it
@@ -298,7 +298,7 @@ def test_the_gradient_is_clipped(tiny, clean):
         logits = tiny(x)
         return 1000 * logits.square().sum(), logits[:, 0] > 0
 
-    train_epoch(clean[0][:20], 20, optimizer, torch.Generator(), loss_of, clip_norm=20.0)
+    train_epoch(clean[0][:20], finetune.Config(batch_size=20), optimizer, torch.Generator(), loss_of, clip_norm=20.0)
     moved = sum((p - b).double().square().sum() for p, b in zip(tiny.parameters(), before, strict=True)).sqrt()
     assert moved.item() == pytest.approx(0.02, rel=1e-3)
 

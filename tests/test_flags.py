@@ -149,6 +149,21 @@ def test_the_outcome_is_the_exit_status(end, status, said, capsys):
     assert capsys.readouterr().err == said
 
 
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4 bytes")]
+)
+def test_too_little_memory_is_one_line(error, capsys):
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as left:
+        flags.run(main)
+    assert left.value.code == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert "--batch_size" in err
+
+
 def test_a_fault_of_ours_keeps_its_traceback():
     code = "import flags; flags.run(lambda: 1 / 0)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)

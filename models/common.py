@@ -1,0 +1,43 @@
+"""What the networks share: a door that normalizes, and channels scaled by a width."""
+
+from flags import NORMALIZATIONS
+
+import math
+
+import torch
+from torch import nn
+
+MEAN, STD = NORMALIZATIONS["authors"]
+
+
+class Normalized(nn.Module):
+    """A network that takes images in [0, 1] and normalizes them at its own door: (x - mean) / std per color channel.
+
+    mean, std: three numbers each, std above 0.
+    """
+
+    def __init__(self, mean=MEAN, std=STD):
+        super().__init__()
+        for name in ("mean", "std"):  # not in the state dict, so that public ones fit
+            self.register_buffer(name, torch.zeros(1, 3, 1, 1), persistent=False)
+        self.set_normalization(mean, std)
+
+    def set_normalization(self, mean, std):
+        """Normalize with these from now on. Raises ValueError unless each is three finite numbers, std above 0."""
+        mean, std = tuple(map(float, mean)), tuple(map(float, std))
+        if len(mean) != 3 or len(std) != 3 or not all(map(math.isfinite, mean + std)) or not min(std) > 0:
+            raise ValueError("mean and std have to be three numbers each, std above 0")
+        for name, value in (("mean", mean), ("std", std)):
+            setattr(self, name, torch.tensor(value, device=getattr(self, name).device).view(1, 3, 1, 1))
+
+    def normalize(self, x):
+        """Return (x - mean) / std per color channel."""
+        return (x - self.mean) / self.std
+
+
+def scaled(channels, width):
+    """Return each number of channels times `width`, rounded. Raises ValueError where one of them would be 0."""
+    result = tuple(round(c * width) for c in channels)
+    if min(result) < 1:
+        raise ValueError(f"width {width} leaves a layer without a channel; take at least 1/{min(channels)}")
+    return result
