@@ -185,8 +185,7 @@ def tighten(model, x_train, y_train, x_valid, y_valid, config=UnitConfig(), call
     dtype, n_images = utils.get_dtype(config.precision, device), config.n_steps * (config.step_images or len(x_train))
     net, sites, layer = fast.search_network(model, x_train[:2], dtype, n_images, config.plain)
 
-    with torch.no_grad():
-        num_classes = net(data.to_float(x_train[:2].to(device))).shape[1]
+    num_classes = models.logits(net(data.to_float(x_train[:2].to(device)))).shape[1]
     data.check_labels(y_train, len(x_train), num_classes, "training")
     data.check_labels(y_valid, len(x_valid), num_classes, "validation")
 
@@ -285,11 +284,7 @@ def main(argv=None):
             print(f"        {measure(defended)}")
             write_export(defended, args.export, args.size)
         return
-    if checkpoint["bounds"] is not None:
-        raise flags.InputError(f"{path} has bounds already; give --ckpt the victim")
-    if out.resolve() == path.resolve():
-        raise flags.InputError(f"--out is the victim {path} itself; give another place")
-    utils.check_place(out)
+    inputs.check_victim(path, checkpoint, out)
     images = inputs.augmented_defense_data(args)
     config = UnitConfig(
         **{k: getattr(args, k) for k in ("lr", "n_steps", "step_images", "acc_degrade", "seed")},
@@ -298,8 +293,8 @@ def main(argv=None):
     )
     inputs.check_search(path, model, config, images)
     victim = {"file": path.name, "sha256": utils.sha256(path), "attack": checkpoint["attack"]}
-    settings = {k: getattr(args, k) for k in ("dataset", "size", "data_rate", "draw")} | asdict(config)
-    settings |= {"flip": inputs.flips(args)}
+    settings = {k: getattr(args, k) for k in ("dataset", "size", "data_rate", "draw")} | {"flip": inputs.flips(args)}
+    settings |= asdict(config)
     partial = Partial(out, settings | {"victim": victim["sha256"]}, device, args.resume)
     picture = Path(args.outdir) / f"unit_{utils.file_tag(args.attack)}.png"
     record_at = records.path_of("unit", args, victim)

@@ -91,6 +91,15 @@ def load_victim(args, device):
     return path, model, checkpoint, backdoor
 
 
+def check_victim(path, checkpoint, out):
+    """Raise InputError where the file is no victim to defend, or its defended model cannot be written to `out`."""
+    if checkpoint["bounds"] is not None:
+        raise InputError(f"{path} has bounds already; give --ckpt the victim")
+    if out.resolve() == path.resolve():
+        raise InputError(f"--out is the victim {path} itself; give another place")
+    utils.check_place(out)
+
+
 def check_search(path, model, config, images):
     """Raise InputError where UNIT cannot search bounds on this network, or by this unit.UnitConfig; images: it sees."""
     try:
