@@ -18,7 +18,8 @@ RESULTS = ROOT / "results"
 
 DATASETS = ("cifar10", "cifar10_sample")
 NETWORKS = ("resnet18", "resnet34", "resnet50")
-DEFENSES = ("ft", "bcu", "ulrl")  # the baselines that start from a victim, as defenses/ has them
+# the baselines that start from a victim, as defenses/ has them
+DEFENSES = ("ft", "bcu", "ulrl", "nad", "seam", "i_bau", "ft_sam", "fst")
 ATTACKS = ("badnet", "wanet", "reflection", "blended", "adaptive_blend", "blend", "cl", "composite", "dynamic")
 ATTACKS += ("filter", "input_aware", "lira", "patch", "sig", "trojnn")
 
@@ -147,7 +148,7 @@ def _defend(p):
     _common(p)
     p.add_argument("--defense", required=True, choices=("none", *DEFENSES, "dbd"), help="none: measure the victim")
     _defense_data(p, "the method's own; all of cifar10_sample")
-    p.add_argument("--epochs", nargs="+", type=COUNT, help="one number for ft and bcu, three stages' for dbd")
+    p.add_argument("--epochs", nargs="+", type=COUNT, help="one number where the method has one, three stages' for dbd")
     _width(p)
     _resume(p)
     p.add_argument("--overwrite", action="store_true", help="dbd: train again although the result lies there already")
