@@ -3,9 +3,11 @@
     python defend.py --defense bcu --attack badnet
     python defend.py --defense dbd --attack badnet    # trains a network on the poisoned images themselves
 
-ft: fine-tuning; bcu: Backdoor Cleansing with Unlabeled Data (CVPR 2023); ulrl: UnLearn and ReLearn (2024); dbd:
-Decoupling the Training Process (ICLR 2022); none: nothing is changed, the victim is measured. Each runs at its
-published constants. A run that was cut off goes on when the same command is given again.
+ft: fine-tuning; bcu: Backdoor Cleansing with Unlabeled Data (CVPR 2023); ulrl: UnLearn and ReLearn (2024); nad: Neural
+Attention Distillation (ICLR 2021); seam: selective amnesia (S&P 2023); i_bau: adversarial unlearning by implicit
+gradients (ICLR 2022); ft_sam: fine-tuning with sharpness-aware minimization (ICCV 2023); fst: Feature Shift Tuning
+(NeurIPS 2023); dbd: Decoupling the Training Process (ICLR 2022); none: nothing is changed, the victim is measured. Each
+runs at its published constants. A run that was cut off goes on when the same command is given again.
 """
 
 import flags  # first: it answers --help and a wrong flag before torch is imported
@@ -73,7 +75,8 @@ def repair(args, config, model, partial, dtype):
     )
     partial.begin()
     done = partial.step
-    total = getattr(config, "epochs", None)  # ulrl ends when it has unlearned enough
+    stages = [v for k, v in vars(config).items() if k.endswith("epochs")]
+    total = stages[0] if len(stages) == 1 else None  # one of several may end when it has done enough
     with tqdm(total=total, unit="epoch", initial=partial.step) as progress:
 
         def callback(now, state_of):

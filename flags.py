@@ -33,7 +33,8 @@ NORMALIZATIONS = {
     "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
     "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
 }
-DEFENSES = ("ft", "bcu", "ulrl")  # the baselines that start from a victim, as defenses/ has them
+# the baselines that start from a victim, as defenses/ has them
+DEFENSES = ("ft", "bcu", "ulrl", "nad", "seam", "i_bau", "ft_sam", "fst")
 ATTACKS = ("badnet", "wanet", "reflection", "blended", "adaptive_blend", "blend", "cl", "composite", "dynamic")
 ATTACKS += ("filter", "input_aware", "lira", "patch", "sig", "trojnn")
 
@@ -257,7 +258,7 @@ def _defend(p):
     p.add_argument("--defense", required=True, choices=("none", *DEFENSES, "dbd"), help="none: measure the victim")
     _defense_data(p, "the method's own; all of cifar10_sample")
     _flip(p)
-    p.add_argument("--epochs", nargs="+", type=COUNT, help="one number for ft and bcu, three stages' for dbd")
+    p.add_argument("--epochs", nargs="+", type=COUNT, help="one number where the method has one, three stages' for dbd")
     _width(p)
     _resume(p)
     p.add_argument("--overwrite", action="store_true", help="dbd: train again although the result lies there already")

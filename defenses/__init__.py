@@ -16,6 +16,7 @@ defend.py, compare.py and the tests find it. The module has
 dbd.py is no repair of a victim: it trains on the poisoned images themselves, by its own train().
 """
 
-from . import bcu, finetune, ulrl
+from . import bcu, finetune, fst, ft_sam, i_bau, nad, seam, ulrl
 
 DEFENSES = {"ft": finetune, "bcu": bcu, "ulrl": ulrl}
+DEFENSES |= {"nad": nad, "seam": seam, "i_bau": i_bau, "ft_sam": ft_sam, "fst": fst}

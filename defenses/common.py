@@ -23,6 +23,14 @@ class Repaired:
     findings: dict = field(default_factory=dict)
 
 
+def linear_layer(model):
+    """Return the last linear layer. Raises ValueError when there is none."""
+    layers = [m for m in model.modules() if isinstance(m, nn.Linear)]
+    if not layers:
+        raise ValueError("the network has no linear layer")
+    return layers[-1]
+
+
 def forward(net, x, dtype):
     """Return the float32 logits of `net`, computed in `dtype` by autocast, in the layout that suits its training."""
     with utils.autocast(x.device, dtype):

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from fast import training_copy
 
-from .common import Repaired, Training, forward, train_epoch
+from .common import Repaired, Training, forward, linear_layer, train_epoch
 
 
 @dataclass(frozen=True)
@@ -42,14 +42,6 @@ class Config:
     relearn_lr: float = 0.005  # falls along a cosine
     relearn_epochs: int = 20
     dissimilarity: float = 0.7  # weight of the cosine term
-
-
-def linear_layer(model):
-    """Return the last linear layer. Raises ValueError when there is none."""
-    layers = [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
-    if not layers:
-        raise ValueError("the network has no linear layer for ULRL to look at")
-    return layers[-1]
 
 
 def unlearn(model, images, labels, config, generator, dtype=torch.float32, callback=None, state=None):

@@ -62,7 +62,7 @@ def test_a_wrong_flag_ends_in_one_line_and_status_2(script, words):
     assert "torch" not in imported
 
 
-@pytest.mark.parametrize("words", [[], ["--defense", "nad"]])
+@pytest.mark.parametrize("words", [[], ["--defense", "no_such"]])
 def test_defend_asks_which_defense(words):
     status, _, err, imported = ask("defend.py", *words)
     assert (status, len(err)) == (2, 1)
