@@ -3,9 +3,11 @@
     python defend.py --defense bcu --attack badnet
     python defend.py --defense dbd --attack badnet    # trains a network on the poisoned images themselves
 
-ft: fine-tuning; bcu: Backdoor Cleansing with Unlabeled Data (CVPR 2023); ulrl: UnLearn and ReLearn (2024); dbd:
-Decoupling the Training Process (ICLR 2022); none: nothing is changed, the victim is measured. Each runs at its
-published constants. A run that was cut off goes on when the same command is given again.
+ft: fine-tuning; bcu: Backdoor Cleansing with Unlabeled Data (CVPR 2023); ulrl: UnLearn and ReLearn (2024); clp: channel
+Lipschitz pruning (ECCV 2022), of the weights alone; fp: fine-pruning (RAID 2018); anp: adversarial neuron pruning
+(NeurIPS 2021); rnp: reconstructive neuron pruning (ICML 2023); nc: Neural Cleanse (S&P 2019); dbd: Decoupling the
+Training Process (ICLR 2022); none: nothing is changed, the victim is measured. Each runs at its published constants.
+A run that was cut off goes on when the same command is given again.
 """
 
 import flags  # first: it answers --help and a wrong flag before torch is imported
@@ -54,7 +56,9 @@ def configure(args):
             raise InputError("without a defense --epochs and --data_rate are of no use; leave them out")
         return NoDefense()
     config = DEFENSES[args.defense].Config()
-    usual = 1.0 if args.dataset == "cifar10_sample" else config.data_rate
+    if not config.data_rate and args.data_rate:
+        raise InputError(f"{args.defense} sees no images; leave --data_rate out")
+    usual = 1.0 if args.dataset == "cifar10_sample" and config.data_rate else config.data_rate
     config = replace(config, data_rate=args.data_rate or usual)
     if args.epochs is None:
         return config
@@ -66,8 +70,11 @@ def configure(args):
 def repair(args, config, model, partial, dtype):
     """Run the method on `model`; return (Repaired, number of clean images it saw)."""
     device = next(model.parameters()).device
-    x_train, y_train, x_valid, y_valid = inputs.defense_data(args, config.data_rate)
-    images, labels = torch.cat((x_train, x_valid)).to(device), torch.cat((y_train, y_valid)).to(device)
+    if config.data_rate:
+        x_train, y_train, x_valid, y_valid = inputs.defense_data(args, config.data_rate)
+        images, labels = torch.cat((x_train, x_valid)).to(device), torch.cat((y_train, y_valid)).to(device)
+    else:
+        images, labels = (t[:0].to(device) for t in data.load_dataset(args.dataset, args.datadir, train=True))
     print(
         f"{args.defense}: {len(images):,} clean images, labels{'' if config.uses_labels else ' not'} used", flush=True
     )

@@ -18,7 +18,8 @@ RESULTS = ROOT / "results"
 
 DATASETS = ("cifar10", "cifar10_sample")
 NETWORKS = ("resnet18", "resnet34", "resnet50")
-DEFENSES = ("ft", "bcu", "ulrl")  # the baselines that start from a victim, as defenses/ has them
+# the baselines that start from a victim, as defenses/ has them
+DEFENSES = ("ft", "bcu", "ulrl", "clp", "fp", "anp", "rnp", "nc")
 ATTACKS = ("badnet", "wanet", "reflection", "blended", "adaptive_blend", "blend", "cl", "composite", "dynamic")
 ATTACKS += ("filter", "input_aware", "lira", "patch", "sig", "trojnn")
 
@@ -68,17 +69,22 @@ POSITIVE = bounded(float, 0, low_open=True)
 SEED = bounded(int, 0, 2**32 - 1)
 
 
-def _common(p):
-    """Add the flags that every command on a network has; names and defaults are the authors'."""
+def _network(p):
+    """Add the flags that say which network, on which images, and where; names and defaults are the authors'."""
     p.add_argument("--datadir", default=str(ROOT / "data"), help="folder of the data sets")
     p.add_argument("--dataset", default="cifar10", choices=DATASETS, help="cifar10_sample is embedded: no download")
     p.add_argument("--network", default="resnet18", choices=NETWORKS, help="network of the victim")
     p.add_argument("--attack", default="badnet", choices=("none", *ATTACKS), help="none: a clean or unknown network")
     p.add_argument("--seed", default=1024, type=SEED, help="seed of the random draws")
-    p.add_argument("--batch_size", default=128, type=COUNT, help="images per batch: evaluation, train.py")
-    p.add_argument("--target", default=0, type=bounded(int, 0, 9), help="class that the trigger should give")
     p.add_argument("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"), help="where to compute")
     p.add_argument("--precision", default="auto", choices=("auto", "bf16", "fp32"), help="auto: bf16 where it is fast")
+
+
+def _common(p):
+    """Add the flags that every command has which measures a network under a trigger."""
+    _network(p)
+    p.add_argument("--batch_size", default=128, type=COUNT, help="images per batch: evaluation, train.py")
+    p.add_argument("--target", default=0, type=bounded(int, 0, 9), help="class that the trigger should give")
 
 
 def _victim(p):
@@ -147,13 +153,21 @@ def _defend(p):
     _common(p)
     p.add_argument("--defense", required=True, choices=("none", *DEFENSES, "dbd"), help="none: measure the victim")
     _defense_data(p, "the method's own; all of cifar10_sample")
-    p.add_argument("--epochs", nargs="+", type=COUNT, help="one number for ft and bcu, three stages' for dbd")
+    p.add_argument("--epochs", nargs="+", type=COUNT, help="one number for ft, bcu, fp, anp, nc; three stages' for dbd")
     _width(p)
     _resume(p)
     p.add_argument("--overwrite", action="store_true", help="dbd: train again although the result lies there already")
     _victim(p)
     p.add_argument("--out", help="where to save (default: ckpt/{dataset}_{network}_{attack}_{defense}.pt)")
     _results(p)
+
+
+def _detect(p):
+    _network(p)
+    _defense_data(p, "0.05; all of cifar10_sample")
+    _resume(p)
+    p.add_argument("--ckpt", help="the network (default: the victim of --network and --attack)")
+    p.add_argument("--outdir", default=".", help="folder of the picture")
 
 
 def _compare(p):
@@ -173,6 +187,7 @@ COMMANDS = {
     "evaluate.py": ("measure BA, ASR and RA, and draw the trigger", _evaluate),
     "train.py": ("train a (backdoored) victim", _train),
     "defend.py": ("repair a victim by another defense than UNIT", _defend),
+    "detect.py": ("search for the trigger of a backdoor, class by class", _detect),
     "compare.py": ("run every defense on every victim, and write the tables", _compare),
 }
 

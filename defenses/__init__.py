@@ -4,7 +4,8 @@ A new one is a module here (finetune.py is the one to copy), a line in DEFENSES,
 defend.py, compare.py and the tests find it. The module has
 
 - `Config`, a frozen dataclass of every published constant: `data_rate` is the share of the training set that it is
-  given, `uses_labels` a ClassVar (it is no setting); with a field `epochs` it takes --epochs;
+  given, 0 for a method that needs none, `uses_labels` a ClassVar (it is no setting); with a field `epochs` it takes
+  --epochs;
 - `repair(model, images, labels, config, seed, dtype, callback, state)`, which leaves `model` as it is and returns a
   Repaired: the network in eval mode, of the same architecture, and history and findings as plain values; a finding
   `outcome` is a sentence that the table shows. `images` are uint8 (N, 3, H, W) on the model's device, `labels` int64
@@ -15,6 +16,6 @@ defend.py, compare.py and the tests find it. The module has
 dbd.py is no repair of a victim: it trains on the poisoned images themselves, by its own train().
 """
 
-from . import bcu, finetune, ulrl
+from . import anp, bcu, clp, finetune, fp, nc, rnp, ulrl
 
-DEFENSES = {"ft": finetune, "bcu": bcu, "ulrl": ulrl}
+DEFENSES = {"ft": finetune, "bcu": bcu, "ulrl": ulrl, "clp": clp, "fp": fp, "anp": anp, "rnp": rnp, "nc": nc}

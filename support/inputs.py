@@ -20,12 +20,18 @@ def victim_path(args):
     return Path(args.ckpt) if args.ckpt else utils.checkpoint_path("cifar10", args.network, args.attack)
 
 
-def load_victim(args, device):
-    """Return (path, model, checkpoint, backdoor) that the flags mean; say where file and flags differ."""
+def load_network(args, device):
+    """Return (path, model, checkpoint) that the flags mean."""
     path = victim_path(args)
     model, checkpoint = utils.load_model(path, device)
     if checkpoint["num_classes"] != 10:
         raise InputError(f"{path} has {checkpoint['num_classes']} classes, {args.dataset} has 10; give another model")
+    return path, model, checkpoint
+
+
+def load_victim(args, device):
+    """Return (path, model, checkpoint, backdoor) that the flags mean; say where file and flags differ."""
+    path, model, checkpoint = load_network(args, device)
     backdoor = load_trigger(args.attack, checkpoint, device)
     foreign = checkpoint["trigger"] is None or checkpoint["attack"] != args.attack
     if foreign and backdoor is not None and backdoor.optimizer() is not None:
