@@ -22,8 +22,8 @@ from support import plots, records
 from support.tables import markdown, percent, put
 
 # the columns of the first table, each a defense with its settings
-COLUMNS = {"none": "no defense", "ft": "FT", "bcu": "BCU", "ulrl": "ULRL", "unit": "UNIT"}
-COLUMNS |= {"unit,step_images=250": "UNIT, 250 images a step"}
+COLUMNS = {"none": "no defense", **{name: name.upper() for name in flags.DEFENSES}}
+COLUMNS |= {"unit": "UNIT", "unit,step_images=250": "UNIT, 250 images a step"}
 
 
 class Victim:

@@ -6,8 +6,10 @@
 ft: fine-tuning; bcu: Backdoor Cleansing with Unlabeled Data (CVPR 2023); ulrl: UnLearn and ReLearn (2024); nad: Neural
 Attention Distillation (ICLR 2021); seam: selective amnesia (S&P 2023); i_bau: adversarial unlearning by implicit
 gradients (ICLR 2022); ft_sam: fine-tuning with sharpness-aware minimization (ICCV 2023); fst: Feature Shift Tuning
-(NeurIPS 2023); dbd: Decoupling the Training Process (ICLR 2022); none: nothing is changed, the victim is measured. Each
-runs at its published constants. A run that was cut off goes on when the same command is given again.
+(NeurIPS 2023); clp: channel Lipschitz pruning (ECCV 2022), of the weights alone; fp: fine-pruning (RAID 2018); anp:
+adversarial neuron pruning (NeurIPS 2021); rnp: reconstructive neuron pruning (ICML 2023); nc: Neural Cleanse (S&P
+2019); dbd: Decoupling the Training Process (ICLR 2022); none: nothing is changed, the victim is measured. Each runs at
+its published constants. A run that was cut off goes on when the same command is given again.
 """
 
 import flags  # first: it answers --help and a wrong flag before torch is imported
@@ -56,8 +58,12 @@ def configure(args):
             raise InputError("without a defense --epochs, --data_rate and --flip are of no use; leave them out")
         return NoDefense()
     config = DEFENSES[args.defense].Config()
-    usual = 1.0 if args.dataset == "cifar10_sample" else config.data_rate
-    config = replace(config, data_rate=args.data_rate or usual, flip=inputs.flips(args))
+    if not config.data_rate and args.data_rate:
+        raise InputError(f"{args.defense} sees no images; leave --data_rate out")
+    usual = 1.0 if args.dataset == "cifar10_sample" and config.data_rate else config.data_rate
+    config = replace(config, data_rate=args.data_rate or usual)
+    if hasattr(config, "flip"):
+        config = replace(config, flip=inputs.flips(args))
     if args.epochs is None:
         return config
     if not hasattr(config, "epochs") or len(args.epochs) != 1:
@@ -68,8 +74,11 @@ def configure(args):
 def repair(args, config, model, partial, dtype):
     """Run the method on `model`; return (Repaired, number of clean images it saw)."""
     device = next(model.parameters()).device
-    x_train, y_train, x_valid, y_valid = inputs.defense_data(args, config.data_rate)
-    images, labels = torch.cat((x_train, x_valid)).to(device), torch.cat((y_train, y_valid)).to(device)
+    if config.data_rate:
+        x_train, y_train, x_valid, y_valid = inputs.defense_data(args, config.data_rate)
+        images, labels = torch.cat((x_train, x_valid)).to(device), torch.cat((y_train, y_valid)).to(device)
+    else:
+        images, labels = (t[:0].to(device) for t in data.load_dataset(args.dataset, args.datadir, train=True))
     print(
         f"{args.defense}: {len(images):,} clean images, labels{'' if config.uses_labels else ' not'} used", flush=True
     )

@@ -34,7 +34,7 @@ NORMALIZATIONS = {
     "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
 }
 # the baselines that start from a victim, as defenses/ has them
-DEFENSES = ("ft", "bcu", "ulrl", "nad", "seam", "i_bau", "ft_sam", "fst")
+DEFENSES = ("ft", "bcu", "ulrl", "nad", "seam", "i_bau", "ft_sam", "fst", "clp", "fp", "anp", "rnp", "nc")
 ATTACKS = ("badnet", "wanet", "reflection", "blended", "adaptive_blend", "blend", "cl", "composite", "dynamic")
 ATTACKS += ("filter", "input_aware", "lira", "patch", "sig", "trojnn")
 
@@ -150,8 +150,8 @@ def class_or_all(text):
 DATASET = one_of(DATASETS, "folder", "npz")
 
 
-def _common(p, plants=False):
-    """Add the flags that every command on a network has; names and defaults are the authors'.
+def _network(p, plants=False):
+    """Add the flags that say which network, on which images, and where; names and defaults are the authors'.
 
     plants: whether the command plants triggers; any other also takes images that are triggered already.
     """
@@ -175,10 +175,15 @@ def _common(p, plants=False):
             help=f"normalization: three numbers or {', '.join(NORMALIZATIONS)}, auto (default: {usual})",
         )  # fmt: skip
     p.add_argument("--seed", default=1024, type=SEED, help="seed of the random draws")
-    p.add_argument("--batch_size", default=128, type=COUNT, help="images per batch: evaluation, train.py")
-    p.add_argument("--target", default=0, type=class_or_all, help="class the trigger should give; all: each one's next")
     p.add_argument("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"), help="where to compute")
     p.add_argument("--precision", default="auto", choices=("auto", "bf16", "fp32"), help="auto: bf16 where it is fast")
+
+
+def _common(p, plants=False):
+    """Add the flags that every command has which measures a network under a trigger; plants: see _network()."""
+    _network(p, plants)
+    p.add_argument("--batch_size", default=128, type=COUNT, help="images per batch: evaluation, train.py")
+    p.add_argument("--target", default=0, type=class_or_all, help="class the trigger should give; all: each one's next")
 
 
 def _victim(p):
@@ -267,6 +272,14 @@ def _defend(p):
     _results(p)
 
 
+def _detect(p):
+    _network(p)
+    _defense_data(p, "0.05; all of cifar10_sample")
+    _resume(p)
+    p.add_argument("--ckpt", help="the network (default: the victim of --network and --attack)")
+    p.add_argument("--outdir", default=".", help="folder of the picture")
+
+
 def _compare(p):
     p.add_argument("--datadir", default=str(ROOT / "data"), help="folder of the data sets")
     p.add_argument("--victims", nargs="*", help="checkpoints (default: all victims in ckpt/)")
@@ -284,6 +297,7 @@ COMMANDS = {
     "evaluate.py": ("measure BA, ASR and RA, and draw the trigger", _evaluate),
     "train.py": ("train a (backdoored) victim", _train),
     "defend.py": ("repair a victim by another defense than UNIT", _defend),
+    "detect.py": ("search for the trigger of a backdoor, class by class", _detect),
     "compare.py": ("run every defense on every victim, and write the tables", _compare),
 }
 

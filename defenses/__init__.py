@@ -4,8 +4,8 @@ A new one is a module here (finetune.py is the one to copy), a line in DEFENSES,
 defend.py, compare.py and the tests find it. The module has
 
 - `Config`, a frozen dataclass of every published constant: `data_rate` is the share of the training set that it is
-  given, `uses_labels` a ClassVar (it is no setting), `flip` whether augmentation mirrors the images; with a field
-  `epochs` it takes --epochs;
+  given, 0 for a method that needs none, `uses_labels` a ClassVar (it is no setting), `flip` whether augmentation
+  mirrors the images, if there is any; with a field `epochs` it takes --epochs;
 - `repair(model, images, labels, config, seed, dtype, callback, state)`, which leaves `model` as it is and returns a
   Repaired: the network in eval mode, of the same architecture, and history and findings as plain values; a finding
   `outcome` is a sentence that the table shows. `images` are uint8 (N, 3, H, W) on the model's device, `labels` int64
@@ -16,7 +16,7 @@ defend.py, compare.py and the tests find it. The module has
 dbd.py is no repair of a victim: it trains on the poisoned images themselves, by its own train().
 """
 
-from . import bcu, finetune, fst, ft_sam, i_bau, nad, seam, ulrl
+from . import anp, bcu, clp, finetune, fp, fst, ft_sam, i_bau, nad, nc, rnp, seam, ulrl
 
-DEFENSES = {"ft": finetune, "bcu": bcu, "ulrl": ulrl}
-DEFENSES |= {"nad": nad, "seam": seam, "i_bau": i_bau, "ft_sam": ft_sam, "fst": fst}
+DEFENSES = {"ft": finetune, "bcu": bcu, "ulrl": ulrl, "nad": nad, "seam": seam, "i_bau": i_bau, "ft_sam": ft_sam}
+DEFENSES |= {"fst": fst, "clp": clp, "fp": fp, "anp": anp, "rnp": rnp, "nc": nc}

@@ -19,23 +19,23 @@ class Config:
     data_rate: float = 0.05  # share of the training set that is clean data
     flip: bool = True  # whether augmentation mirrors the images
     lr: float = 0.01
+    cosine: bool = False  # whether the rate falls along one
     momentum: float = 0.9
     weight_decay: float = 5e-4
     epochs: int = 20
     batch_size: int = 128
 
 
-def repair(model, images, labels, config=Config(), seed=0, dtype=torch.float32, callback=None, state=None):
-    """Fine-tune a copy of `model` on clean images.
+def tune(net, images, labels, config, seed=0, dtype=torch.float32, callback=None, state=None):
+    """Fine-tune `net` in place on clean images, by any config that has the constants above; return the history.
 
-    images: uint8 (N, 3, H, W); labels: int64 (N,), both on the model's device; dtype: what autocast computes in;
-    callback, state: see defenses/__init__.py; an epoch's figures are "loss" and "accuracy". Returns a Repaired.
+    All else as in repair().
     """
-    net = training_copy(model, dtype).train()
     optimizer = torch.optim.SGD(
         net.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay
     )
-    training = Training(net, optimizer, torch.Generator().manual_seed(seed), state=state)
+    rate = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.epochs) if config.cosine else None
+    training = Training(net.train(), optimizer, torch.Generator().manual_seed(seed), rate, state)
 
     def loss_of(x, index):
         logits = forward(net, x, dtype)
@@ -44,4 +44,15 @@ def repair(model, images, labels, config=Config(), seed=0, dtype=torch.float32, 
     for _ in range(training.done, config.epochs):
         loss, accuracy = train_epoch(images, config, optimizer, training.generator, loss_of)
         training.end_epoch(callback, loss=loss, accuracy=accuracy)
-    return Repaired(net.eval(), training.history)
+    return training.history
+
+
+def repair(model, images, labels, config=Config(), seed=0, dtype=torch.float32, callback=None, state=None):
+    """Fine-tune a copy of `model` on clean images.
+
+    images: uint8 (N, 3, H, W); labels: int64 (N,), both on the model's device; dtype: what autocast computes in;
+    callback, state: see defenses/__init__.py; an epoch's figures are "loss" and "accuracy". Returns a Repaired.
+    """
+    net = training_copy(model, dtype)
+    history = tune(net, images, labels, config, seed, dtype, callback, state)
+    return Repaired(net.eval(), history)

@@ -27,6 +27,7 @@ class Config:
     momentum: float = 0.9
     epochs: int = 10
     batch_size: int = 128
+    flip: bool = True  # whether augmentation mirrors the images
 
 
 @torch.no_grad()
@@ -67,6 +68,6 @@ def repair(model, images, labels, config=Config(), seed=0, dtype=torch.float32, 
         return loss, logits.argmax(1) == labels[index]
 
     for _ in range(training.done, config.epochs):
-        loss, accuracy = train_epoch(images, config.batch_size, optimizer, generator, loss_of)
+        loss, accuracy = train_epoch(images, config, optimizer, generator, loss_of)
         training.end_epoch(callback, loss=loss, accuracy=accuracy)
     return Repaired(net.eval(), training.history)

@@ -32,6 +32,7 @@ class Config:
     weight_decay: float = 5e-4
     epochs: int = 100
     batch_size: int = 256
+    flip: bool = True  # whether augmentation mirrors the images
 
 
 class AdaptiveSAM(torch.optim.SGD):
@@ -111,6 +112,6 @@ def repair(model, images, labels, config=Config(), seed=0, dtype=torch.float32, 
         return loss, logits.argmax(1) == labels[index]
 
     for _ in range(training.done, config.epochs):
-        loss, accuracy = train_epoch(images, config.batch_size, optimizer, training.generator, loss_of)
+        loss, accuracy = train_epoch(images, config, optimizer, training.generator, loss_of)
         training.end_epoch(callback, loss=loss, accuracy=accuracy)
     return Repaired(net.eval(), training.history)

@@ -34,6 +34,7 @@ class Config:
     teacher_epochs: int = 10
     epochs: int = 10  # of the student
     batch_size: int = 256
+    flip: bool = True  # whether augmentation mirrors the images
 
 
 @torch.no_grad()
@@ -108,7 +109,7 @@ def repair(model, images, labels, config=Config(), seed=0, dtype=torch.float32, 
             callback(now, lambda: {**found, name: state_of()})
 
         for _ in range(training.done, epochs):
-            now = train_epoch(images, config.batch_size, optimizer, generator, batch_loss)
+            now = train_epoch(images, config, optimizer, generator, batch_loss)
             training.end_epoch(callback and tell, **dict(zip(figures, now, strict=True)))
         return net, training.history
 

@@ -4,7 +4,7 @@ Trained on random labels, a network forgets its task and its backdoor alike; cle
 alone.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -33,6 +33,7 @@ class Config:
     lr_drop: int = 2  # epochs after which the rate is multiplied, each time, by
     lr_factor: float = 0.1
     batch_size: int = 128
+    flip: bool = True  # whether augmentation mirrors the images
 
 
 def repair(model, images, labels, config=Config(), seed=0, dtype=torch.float32, callback=None, state=None):
@@ -64,12 +65,13 @@ def repair(model, images, labels, config=Config(), seed=0, dtype=torch.float32, 
     def forgotten():
         return history.get("forget_accuracy", [1.0])[-1] < config.stop_accuracy
 
+    one_batch = replace(config, batch_size=len(few))
     while len(history.get("forget_loss", ())) < config.forget_epochs and not forgotten():
-        loss, accuracy = train_epoch(images[few], len(few), optimizer, generator, random_loss)
+        loss, accuracy = train_epoch(images[few], one_batch, optimizer, generator, random_loss)
         training.end_epoch(callback, forget_loss=loss, forget_accuracy=accuracy)
     for epoch in range(len(history.get("loss", ())), config.epochs):
         optimizer.param_groups[0]["lr"] = config.lr * config.lr_factor ** (epoch // config.lr_drop)
-        loss, accuracy = train_epoch(images, config.batch_size, optimizer, generator, true_loss)
+        loss, accuracy = train_epoch(images, config, optimizer, generator, true_loss)
         training.end_epoch(callback, loss=loss, accuracy=accuracy)
     steps = len(history["forget_loss"])
     outcome = f"forgotten in {steps} steps" if forgotten() else f"not forgotten in {steps} steps"

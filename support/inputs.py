@@ -47,8 +47,8 @@ def victim_path(args):
     return path
 
 
-def load_victim(args, device):
-    """Return (path, model, checkpoint, backdoor) that the flags mean; say where file and flags differ."""
+def load_network(args, device):
+    """Return (path, model, checkpoint) that the flags mean."""
     classes, asked = class_names(args), normalization(args)
     path = victim_path(args)
     checkpoint = utils.load_checkpoint(path, None if isinstance(args.network, Unsaid) else args.network)
@@ -61,10 +61,16 @@ def load_victim(args, device):
     size = checkpoint["size"] or (32 if checkpoint["trigger"] is not None else args.size)
     if size != args.size:
         raise InputError(f"{path} is for images of {size}x{size}; give --size {size}")
-    target = foreign.target_of(checkpoint) if args.attack == "file" else args.target
     model = utils.build_model(path, checkpoint, device)
     takes(model, path, size)
     settle_normalization(args, path, model, checkpoint, asked)
+    return path, model, checkpoint
+
+
+def load_victim(args, device):
+    """Return (path, model, checkpoint, backdoor) that the flags mean; say where file and flags differ."""
+    path, model, checkpoint = load_network(args, device)
+    target = foreign.target_of(checkpoint) if args.attack == "file" else args.target
     backdoor = load_trigger(args.attack, checkpoint, device, args.size)
     not_its_own = checkpoint["trigger"] is None or checkpoint["attack"] != args.attack
     if not_its_own and backdoor is not None and backdoor.optimizer() is not None:
@@ -141,7 +147,7 @@ def settle_normalization(args, path, model, checkpoint, asked):
         return images[order], labels[order]
 
     dtype = utils.get_dtype(args.precision, next(model.parameters()).device)
-    line = foreign.settle_normalization(path, model, checkpoint, asked, clean, args.batch_size, dtype)
+    line = foreign.settle_normalization(path, model, checkpoint, asked, clean, dtype=dtype)
     if line is not None and ranks.ranks()[0] == 0:
         print(line, flush=True)
 

@@ -31,6 +31,26 @@ def draw_demo(clean, triggered, path, times=1):
     utils.write_whole(path, lambda p: fig.savefig(p, format="png", dpi=100))
 
 
+def draw_patches(patches, norms, index, path):
+    """Write the picture of the smallest patch of each class: above its mask, below what it stamps on a black image.
+
+    patches: float (classes, 1 + C, H, W) in [0, 1], mask first; norms, index: a number per class, for the titles.
+    """
+    columns = min(10, len(norms))
+    lines = -(-len(norms) // columns)
+    fig = Figure(figsize=(1.3 * columns, 3.1 * lines), layout="constrained")
+    axes = fig.subplots(2 * lines, columns, squeeze=False)
+    for axis in axes.flat:
+        axis.axis("off")
+    for c, patch in enumerate(patches.cpu()):
+        mask, stamped = patch[0], (patch[:1] * patch[1:]).permute(1, 2, 0)
+        above, below = axes[2 * (c // columns) : 2 * (c // columns) + 2, c % columns]
+        above.imshow(mask.numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+        above.set_title(f"class {c}\nnorm {norms[c]:.1f}\nindex {index[c]:.1f}", fontsize=9)
+        below.imshow(stamped.numpy(), vmin=0, vmax=1, interpolation="nearest")
+    utils.write_whole(path, lambda p: fig.savefig(p, format="png", dpi=100))
+
+
 def draw_history(history, best_step, limit, path):
     """Write the picture of how CE, R, alpha and validation accuracy went; limit: the accuracy that counts as good."""
     names = {

@@ -1,0 +1,128 @@
+"""FP: fine-pruning (Liu et al., RAID 2018).
+
+Features that stay dormant on clean images are where a trigger finds room. The most dormant ones are pruned for as long
+as accuracy holds, and the rest is fine-tuned.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import nn
+
+import data
+import utils
+from fast import training_copy
+
+from . import finetune
+from .common import Repaired
+from .pruning import accuracy, held_out
+
+
+@dataclass(frozen=True)
+class Config:
+    """The constants of fine-pruning."""
+
+    uses_labels: ClassVar[bool] = True
+    data_rate: float = 0.05  # share of the training set that is clean data
+    step: float = 6 / 512  # share of the features that is pruned at a time, one feature at least
+    max_drop: float = 0.10  # of the victim's accuracy on the images held out, as a share of it; pruning ends before
+    valid_share: float = 0.2  # of the clean images, held out for that
+    # fine-tuning
+    lr: float = 0.01
+    cosine: bool = True  # along which the rate falls
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    epochs: int = 100
+    batch_size: int = 256
+    flip: bool = True  # whether augmentation mirrors the images
+
+
+@torch.no_grad()
+def reader_of_features(model, x):
+    """Return the linear layer that reads the last convolution's features: the first after it, in the order of calls,
+    whose input is one vector per image.
+
+    x: a float batch (N, C, H, W) to call the model with. Raises ValueError where there is no such layer.
+    """
+    calls, convolutions = [], (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    layers = [m for m in model.modules() if isinstance(m, (*convolutions, nn.Linear))]
+    hooks = [m.register_forward_pre_hook(lambda m, args: calls.append((m, args[0].dim()))) for m in layers]
+    try:
+        model(x)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    last = max((i for i, (m, _) in enumerate(calls) if isinstance(m, convolutions)), default=None)
+    if last is None:
+        raise ValueError("the network has no convolution, whose features FP would prune")
+    readers = [m for m, dim in calls[last:] if isinstance(m, nn.Linear) and dim == 2]
+    if not readers:
+        raise ValueError("no linear layer reads the features of the last convolution, and FP prunes them there")
+    return readers[0]
+
+
+@torch.no_grad()
+def mean_features(model, layer, images, dtype, batch_size=250):
+    """Return the mean of each input of `layer` over images uint8 (N, 3, H, W), float64 (features,), in eval mode."""
+    total = 0
+
+    def look(_layer, args):
+        nonlocal total
+        total = total + args[0].double().sum(0)
+
+    hook = layer.register_forward_pre_hook(look)
+    try:
+        with utils.autocast(images.device, dtype):
+            for x in images.split(batch_size):
+                model.eval()(data.to_float(x))
+    finally:
+        hook.remove()
+    return total / len(images)
+
+
+@torch.no_grad()
+def prune(net, layer, order, config, images, labels, dtype):
+    """Zero the columns of `layer`, a layer of `net`, in place, step by step in the order given; return how many.
+
+    order: int64 (features,); images, labels: held out. The step that takes accuracy to 1 - max_drop of what it was, or
+    lower, is taken back and ends it.
+    """
+    floor, n = (1 - config.max_drop) * accuracy(net, images, labels, dtype), 0
+    for columns in order.split(max(1, round(config.step * len(order)))):
+        before = layer.weight[:, columns].clone()
+        layer.weight[:, columns] = 0
+        if accuracy(net, images, labels, dtype) <= floor:
+            layer.weight[:, columns] = before
+            break
+        n += len(columns)
+    return n
+
+
+def repair(model, images, labels, config=Config(), seed=0, dtype=torch.float32, callback=None, state=None):
+    """Prune the features of the last convolution that are dormant on clean images, and fine-tune what is left.
+
+    images: uint8 (N, 3, H, W); labels: int64 (N,), both on the model's device; a fifth of them is held out to choose
+    how much is pruned, and all of them fine-tune. dtype: what autocast computes in; callback, state: see
+    defenses/__init__.py; an epoch's figures are "loss" and "accuracy". Returns a Repaired whose findings are the pruned
+    features. Raises ValueError where no linear layer reads a convolution's features, and for too few images.
+    """
+    state = {} if state is None else state
+    net = training_copy(model, dtype)
+    layer = reader_of_features(net.eval(), data.to_float(images[:2]))
+    pruned = state.get("pruned")
+    if pruned is None:
+        learn, valid = held_out(labels, config.valid_share)
+        order = mean_features(net, layer, images[learn], dtype).argsort()
+        pruned = order[: prune(net, layer, order, config, images[valid], labels[valid], dtype)].tolist()
+    kept = torch.ones(layer.in_features, device=images.device)
+    kept[pruned] = 0
+    with torch.no_grad():
+        layer.weight *= kept
+    # a masked input has no gradient, and weight decay leaves a zero alone: what is pruned stays so
+    hook = layer.register_forward_pre_hook(lambda _layer, args: (args[0] * kept,))
+    keep = callback and (lambda now, state_of: callback(now, lambda: {"pruned": pruned, "tuning": state_of()}))
+    history = finetune.tune(net, images, labels, config, seed, dtype, keep, state.get("tuning"))
+    hook.remove()
+    outcome = f"{len(pruned)} of {len(kept)} features pruned"
+    return Repaired(net.eval(), history, {"outcome": outcome, "pruned": sorted(pruned)})

@@ -1,0 +1,73 @@
+"""Does a network carry a backdoor? The search of Neural Cleanse: the smallest patch that leads any image to a class.
+
+    python detect.py --ckpt mine.pt
+
+prints for each class the L1 norm of the smallest patch found and its anomaly index, then a verdict, and writes the
+patches as detect_{file}.png. It needs clean images, no labels. What it can find is a patch: a trigger that covers the
+whole image, as those of WaNet, Reflection and Blended do, escapes it. A search that was cut off goes on when the same
+command is given again.
+"""
+
+import flags  # first: it answers --help and a wrong flag before torch is imported
+
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import utils
+from defenses import inversion
+from support import inputs, plots
+from support.resume import Partial
+
+LIMIT = "a trigger that covers the whole image escapes this search"
+
+
+def verdict(norms, config=inversion.Config()):
+    """Return the verdict on a network whose smallest patches have these L1 norms, a sentence with its limit."""
+    suspicious, index = inversion.anomalies(norms, config)
+    smallest = min(range(len(norms)), key=norms.__getitem__)
+    if not suspicious:
+        return f"no class stands out (the smallest patch, class {smallest}, has index {index[smallest]:.2f}); {LIMIT}"
+    found = " and ".join(f"class {c} (index {index[c]:.2f}, above {config.anomaly:g})" for c in suspicious)
+    return f"suspected target of a backdoor: {found}; a clean class that is easily reached looks alike, see the picture"
+
+
+@utils.repeatable()
+def main(argv=None):
+    """The command."""
+    args = flags.parser("detect.py").parse_args(argv)
+    device = utils.get_device(args.device)
+    dtype = utils.get_dtype(args.precision, device)
+    path, model, _ = inputs.load_network(args, device)
+    picture = Path(args.outdir) / f"detect_{path.stem}.png"
+    utils.check_place(picture)
+    images = torch.cat(inputs.defense_data(args)[::2]).to(device)  # those that learn and those that validate
+    config = inversion.Config()
+    settings = {k: getattr(args, k) for k in ("dataset", "data_rate", "draw", "seed")} | asdict(config)
+    settings |= {"victim": utils.sha256(path), "precision": str(dtype)}
+    partial = Partial(picture, settings, device, args.resume)
+    print(f"{path}, {len(images):,} clean images{partial.said()}", flush=True)
+    done = partial.step
+    with tqdm(unit="class", initial=done) as progress:
+
+        def callback(_now, state_of):
+            nonlocal done
+            progress.update()
+            done += 1
+            partial.keep(done, state_of)
+
+        found = inversion.search(model, images, config, args.seed, dtype, callback, partial.state)
+    norms, (suspicious, index) = found["norms"], inversion.anomalies(found["norms"], config)
+    print("class     norm   anomaly index")
+    for c, norm in enumerate(norms):
+        print(f"{c:5d}  {norm:7.2f}   {index[c]:7.2f}{'  <- suspected' if c in suspicious else ''}")
+    print(f"{verdict(norms, config)}\n{partial.seconds_so_far():.1f} s")
+    plots.draw_patches(found["patches"], norms, index, picture)
+    partial.remove()
+    print(f"wrote {picture}")
+
+
+if __name__ == "__main__":
+    flags.run(main)
