@@ -8,6 +8,7 @@ kept.
 """
 
 import copy
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -37,22 +38,17 @@ class Config:
     flip: bool = True  # whether augmentation mirrors the images
 
 
-@torch.no_grad()
-def stage_sites(model, images, count):
+def stage_ends(sites, count):
     """Return the activation sites at which the last `count` stages end, in forward order.
 
     A stage is what computes maps of one size, above 1 x 1. It ends at the last activation of that size among those of
-    most channels: a bottleneck's first activation is of the size before it, but narrower. model: in eval mode; images:
-    uint8 (N, 3, H, W), of which one is looked at. Raises ValueError where there are fewer stages.
+    most channels: a bottleneck's first activation is of the size before it, but narrower. sites: {site: shape}, see
+    models.activation_sites(). Raises ValueError where there are fewer stages.
     """
     ends = {}
-
-    def look(name, a):
-        if a.dim() == 4 and a.shape[2] * a.shape[3] > 1 and a.shape[1] >= ends.get(a.shape[2:], (0,))[0]:
-            ends[a.shape[2:]] = a.shape[1], name
-
-    with models.watching(model, look):
-        model(data.to_float(images[:1]))
+    for name, (channels, *size) in sites.items():
+        if len(size) == 2 and math.prod(size) > 1 and channels >= ends.get(tuple(size), (0,))[0]:
+            ends[tuple(size)] = channels, name
     if len(ends) < count:
         raise ValueError(f"NAD needs activations with maps of {count} sizes, this network has {len(ends)}")
     return [name for _, name in ends.values()][-count:]
@@ -67,17 +63,17 @@ def attention_map(a):
     return energy / (torch.linalg.vector_norm(energy, dim=(1, 2), keepdim=True) + 1e-6)
 
 
-def with_maps(net, sites, x, dtype):
-    """Return (logits, the attention map of each of `sites`) of one forward pass."""
+def with_maps(net, sites, ends, x, dtype):
+    """Return (logits, the attention map of each site in `ends`) of one forward pass; sites: all of the network."""
     maps = {}
 
     def look(name, a):
-        if name in sites:
+        if name in ends:
             maps[name] = attention_map(a)
 
-    with models.watching(net, look):
+    with models.watching(sites, len(x), look):
         logits = forward(net, x, dtype)
-    return logits, [maps[name] for name in sites]
+    return logits, [maps[name] for name in ends]
 
 
 def repair(model, images, labels, config=Config(), seed=0, dtype=torch.float32, callback=None, state=None):
@@ -90,7 +86,8 @@ def repair(model, images, labels, config=Config(), seed=0, dtype=torch.float32, 
     Raises ValueError for a network with too few stages.
     """
     state, generator = {} if state is None else state, torch.Generator().manual_seed(seed)
-    sites = stage_sites(copy.deepcopy(model).eval(), images, len(config.beta))
+    sites = models.activation_sites(copy.deepcopy(model).eval(), data.to_float(images[:2]))
+    ends = stage_ends(sites, len(config.beta))
 
     def tune(name, epochs, loss_of, figures, found):
         """Fine-tune a copy of the victim by loss_of(net, images, labels) to (loss, logits); return (net, history).
@@ -118,9 +115,9 @@ def repair(model, images, labels, config=Config(), seed=0, dtype=torch.float32, 
         return F.cross_entropy(logits, y), logits
 
     def guided_loss(net, x, y):
-        logits, maps = with_maps(net, sites, x, dtype)
+        logits, maps = with_maps(net, sites, ends, x, dtype)
         with torch.no_grad():
-            _, wanted = with_maps(teacher, sites, x, dtype)
+            _, wanted = with_maps(teacher, sites, ends, x, dtype)
         distances = [b * F.mse_loss(own, its) for b, own, its in zip(config.beta, maps, wanted, strict=True)]
         return F.cross_entropy(logits, y) + sum(distances), logits
 

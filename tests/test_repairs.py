@@ -12,7 +12,7 @@ from torch import nn
 import data
 from defenses import fst, ft_sam, i_bau, nad, seam
 from defenses.common import linear_layer
-from models import get_model
+from models import activation_sites, get_model
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +63,10 @@ def test_the_attention_map_by_hand():
     torch.testing.assert_close(maps.flatten(1).norm(dim=1), torch.ones(5))  # whatever the scale
 
 
+def sites_of(net, clean):
+    return activation_sites(copy.deepcopy(net).eval(), data.to_float(clean[0][:2]))
+
+
 @pytest.mark.parametrize(
     ("name", "sites"),
     [
@@ -72,20 +76,21 @@ def test_the_attention_map_by_hand():
 )
 def test_the_stages_of_a_resnet_end_where_its_layers_end(name, sites, clean):
     net = get_model(name, width=1 / 64).eval()
-    assert nad.stage_sites(net, clean[0], 3) == sites
+    assert nad.stage_ends(sites_of(net, clean), 3) == sites
 
 
 def test_maps_of_one_pixel_are_no_stage_and_too_few_stages_are_said(clean):
-    assert nad.stage_sites(Plain().eval(), clean[0], 2) == ["more.2", "last.1"]  # not last.3
+    sites = sites_of(Plain().eval(), clean)
+    assert nad.stage_ends(sites, 2) == ["more.2", "last.1"]  # not last.3
     with pytest.raises(ValueError, match="maps of 4 sizes, this network has 3"):
-        nad.stage_sites(Plain().eval(), clean[0], 4)
+        nad.stage_ends(sites, 4)
 
 
 def test_the_maps_are_those_of_the_layers_outputs(tiny, clean):
     x, out = data.to_float(clean[0][:6]), {}
     for name in ("layer2", "layer4"):
         getattr(tiny, name).register_forward_hook(lambda _m, _i, a, name=name: out.update({name: a}))
-    logits, maps = nad.with_maps(tiny, ["layer2.1.act2", "layer4.1.act2"], x, torch.float32)
+    logits, maps = nad.with_maps(tiny, sites_of(tiny, clean), ["layer2.1.act2", "layer4.1.act2"], x, torch.float32)
     torch.testing.assert_close(logits, tiny(x))
     for a, got in zip(out.values(), maps, strict=True):
         n, _, h, w = a.shape
@@ -103,14 +108,14 @@ def test_the_first_loss_of_the_student_is_ce_and_the_weighted_distance_to_the_te
     for _ in range(2):  # the teacher's epoch, then the student's
         order = torch.randperm(len(clean[0]), generator=generator)
         x = data.augment(data.to_float(clean[0][order]), generator)
-    sites = ["layer2.1.act2", "layer3.1.act2", "layer4.1.act2"]
+    sites, ends = sites_of(tiny, clean), ["layer2.1.act2", "layer3.1.act2", "layer4.1.act2"]
     teacher, student = copy.deepcopy(tiny).train(), copy.deepcopy(tiny).train()
     with torch.no_grad():
         generator.manual_seed(0)
         first = torch.randperm(len(clean[0]), generator=generator)
         teacher(data.augment(data.to_float(clean[0][first]), generator))  # what its epoch leaves: running averages
-        logits, own = nad.with_maps(student, sites, x, torch.float32)
-        _, its = nad.with_maps(teacher.eval(), sites, x, torch.float32)
+        logits, own = nad.with_maps(student, sites, ends, x, torch.float32)
+        _, its = nad.with_maps(teacher.eval(), sites, ends, x, torch.float32)
     want = F.cross_entropy(logits, clean[1][order]).item()
     want += sum(b * (a - t).square().mean().item() for b, a, t in zip((30, 50, 70), own, its, strict=True))
     assert history["loss"] == [pytest.approx(want, rel=1e-4)]
@@ -120,7 +125,8 @@ def test_the_first_loss_of_the_student_is_ce_and_the_weighted_distance_to_the_te
 def test_distillation_brings_the_maps_nearer_to_the_teachers(tiny, clean):
     """To those of a teacher that looks elsewhere, put in by the door of a run that was cut off after its making."""
     few, distances = (clean[0][::3], clean[1][::3]), []
-    x, sites, teacher = data.to_float(few[0]), nad.stage_sites(tiny, few[0], 3), copy.deepcopy(tiny)
+    x, sites, teacher = data.to_float(few[0]), sites_of(tiny, few), copy.deepcopy(tiny)
+    ends = nad.stage_ends(sites, 3)
     torch.manual_seed(0)
     with torch.no_grad():
         for layer in (teacher.layer2, teacher.layer3, teacher.layer4):
@@ -129,7 +135,7 @@ def test_distillation_brings_the_maps_nearer_to_the_teachers(tiny, clean):
         config = nad.Config(epochs=4, batch_size=14, beta=(beta,) * 3)
         net = nad.repair(tiny, *few, config, 0, state={"taught": teacher.state_dict(), "before": {}}).model
         with torch.no_grad():
-            own, its = (nad.with_maps(n, sites, x, torch.float32)[1] for n in (net, teacher))
+            own, its = (nad.with_maps(n, sites, ends, x, torch.float32)[1] for n in (net, teacher))
         distances.append(sum(F.mse_loss(a, b).item() for a, b in zip(own, its, strict=True)))
     assert distances[1] < 0.75 * distances[0]
 
