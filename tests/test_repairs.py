@@ -165,9 +165,9 @@ def test_seam_draws_labels_from_all_classes_for_five_images_of_each(tiny, clean,
     entropy, epoch = F.cross_entropy, seam.train_epoch
     monkeypatch.setattr(seam.F, "cross_entropy", lambda logits, y: (given.append(y), entropy(logits, y))[1])
 
-    def watched(images, batch_size, optimizer, *rest):
-        rates.append((len(images), batch_size, optimizer.param_groups[0]["lr"]))
-        return epoch(images, batch_size, optimizer, *rest)
+    def watched(images, config, optimizer, *rest):
+        rates.append((len(images), config.batch_size, optimizer.param_groups[0]["lr"]))
+        return epoch(images, config, optimizer, *rest)
 
     monkeypatch.setattr(seam, "train_epoch", watched)
     config = seam.Config(forget_epochs=12, stop_accuracy=-1.0, epochs=3, batch_size=125)
