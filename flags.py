@@ -156,9 +156,8 @@ def _network(p, plants=False):
     plants: whether the command plants triggers; any other also takes images that are triggered already.
     """
     known, own = (("none", *ATTACKS), ()) if plants else (("none", "file", *ATTACKS), ("folder",))
-    also = (
-        "" if plants else "; file: triggered images that come with the checkpoint; folder:PATH: a folder per true class"
-    )
+    own_images = "; file: the checkpoint's own triggered images; folder:PATH: a folder of them per true class"
+    also = "" if plants else own_images
     p.add_argument("--datadir", default=str(ROOT / "data"), help="folder of the data sets")
     p.add_argument("--dataset", default="cifar10", type=DATASET, help=f"{', '.join(DATASETS)}, folder:PATH, npz:PATH")
     p.add_argument("--size", default=32, type=bounded(int, 8, MAX_SIZE), help="side that the images are resized to")

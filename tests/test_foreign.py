@@ -17,11 +17,17 @@ import torch
 from torch import nn
 
 import data
+import defend
+import evaluate
 import models
+import train
+import unit
 import utils
+from backdoors import get_backdoor
 from data import backdoorbench
 from models import libraries
 from support import foreign
+from tests.running import SMALL, TRAIN
 from tests.test_checkpoints import Evil
 
 AUTHORS = NORMALIZATIONS["authors"]
@@ -43,10 +49,10 @@ def images():
     return x, torch.arange(N) % 9 + 1
 
 
-def attack_result(state, images, labels, folder=None, number=np.int64, **changes):
+def attack_result(state, images, labels, folder=None, number=np.int64, n=N, **changes):
     """What BackdoorBench saves; folder: where `record` lies, None to hold the images in memory.
 
-    Image i of `images` is number 2 i + 1 of a test set of 2 N + 2 images.
+    Image i of `images` is number 2 i + 1 of a test set of 2 n + 2 images.
     """
     entries = {}
     for i, (image, label) in enumerate(zip(images, labels.tolist(), strict=True)):
@@ -58,7 +64,7 @@ def attack_result(state, images, labels, folder=None, number=np.int64, **changes
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         picture.save(folder / path)
         entries[index] = {"path": path, "other_info": [number(0), number(label)]}
-    indicator = np.zeros(2 * N + 2)
+    indicator = np.zeros(2 * n + 2)
     indicator[1::2] = 1
     place = None if folder is None else "./record/mine/bd_test_dataset"
     bd_test = {
@@ -217,6 +223,120 @@ def test_its_resnet18_is_torchvisions(tmp_path):
     torch.testing.assert_close(model(x), theirs.eval()(model.normalize(x)))
     with pytest.raises(InputError, match="is refused: it fits no network here.*--network torchvision:NAME"):
         utils.load_checkpoint(tmp_path / "whole.pt")
+
+
+@pytest.fixture
+def few_tries(monkeypatch):
+    """Normalizations are tried on 60 images at most: to save time."""
+    monkeypatch.setattr(foreign, "ROUNDS", (60,))
+
+
+@pytest.mark.usefixtures("few_test_images", "few_tries")
+@pytest.mark.parametrize("in_memory", [False, True])
+def test_the_commands_measure_on_the_pictures_of_a_result(tiny, tmp_path, in_memory, capsys):
+    """The same figures as by the trigger that made the pictures, and again from the defended model."""
+    images, labels = data.load_dataset("cifar10_sample", None, train=False)
+    trigger = get_backdoor("badnet")
+    others = labels != 0
+    triggered = (trigger(data.to_float(images[others])) * 255).round().to(torch.uint8)
+    n = len(triggered)
+    result = attack_result(tiny.state_dict(), triggered, labels[others], None if in_memory else tmp_path, n=n)
+    path, out = tmp_path / "attack_result.pt", tmp_path / "away" / "d.pt"
+    torch.save(result | {"model_name": "resnet18"}, path)
+    given = [*SMALL, "--ckpt", str(path), "--outdir", str(tmp_path), "--mean", "authors"]
+    evaluate.main(given)
+    said = capsys.readouterr().out
+    want = evaluate.evaluate(tiny, images, labels, trigger, 0)
+    assert str(want) in said
+    assert f"{n:,} triggered images of the checkpoint's own" in said
+    assert (tmp_path / "demo_file.png").exists()
+    if in_memory:
+        return
+
+    more = ["--out", str(out), "--results", str(tmp_path), "--n_steps", "1", "--data_rate", "0.2"]
+    unit.main([*given, *more, "--target", "3"])  # the file knows better
+    said = capsys.readouterr().out
+    assert f"note: the target of the triggered images of {path} is 0, and taken for --target 3" in said
+    assert f"before  {want}" in said
+    after = said.split("after   ")[1].splitlines()[0]
+    saved = utils.load_checkpoint(out)
+    assert (saved["mean"], saved["std"]) == AUTHORS
+    evaluate.main([*SMALL, "--ckpt", str(out), "--outdir", str(tmp_path)])
+    assert after in capsys.readouterr().out
+    # a trigger of one's own is planted where one asks for it
+    evaluate.main([*given, "--attack", "badnet"])
+    assert "brings no trigger" in capsys.readouterr().out
+    with pytest.raises(InputError, match="--activations"):
+        evaluate.main([*given, "--activations"])
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["--attack", "file"], "give it by --ckpt"),
+        (["--attack", "file", "--ckpt", "bare.pt"], "brings no triggered images"),
+        (["--ckpt", "bare.pt", "--network", "resnet34"], "it is no resnet34"),
+        (["--ckpt", "bare.pt", "--mean", "0.5"], "three numbers each"),
+        (["--ckpt", "eight.pt"], "eight.pt has 8 classes, cifar10_sample has 10"),
+        (["--ckpt", "vit.pt"], "vit.pt is for images of 48x48; give --size 48"),
+        (["--ckpt", "nan.pt"], "in conv1.weight"),
+    ],
+)
+def test_what_does_not_fit_the_flags_is_a_line(tiny, tmp_path, words, reason, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save(tiny.state_dict(), "bare.pt")
+    torch.save(models.get_model("resnet18", 8, 1 / 16).state_dict(), "eight.pt")
+    torch.save(models.get_model("vit", 10, 1 / 16, size=48).state_dict(), "vit.pt")
+    torch.save(tiny.state_dict() | {"conv1.weight": torch.full((8, 3, 3, 3), torch.nan)}, "nan.pt")
+    for command in (evaluate, unit):
+        with pytest.raises(InputError, match=reason) as caught:
+            command.main([*SMALL, *words])
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.usefixtures("few_test_images", "few_tries")
+def test_a_bare_file_is_tried_by_the_commands_and_its_normalization_kept(tiny, tmp_path, capsys):
+    """The small victim, for raw images: its first layers take over the normalization, but for the padded border."""
+    raw = {k: v.clone() for k, v in tiny.state_dict().items()}
+    mean, std = (torch.tensor(v) for v in AUTHORS)
+    weight = raw["conv1.weight"] / std[:, None, None]
+    raw["bn1.running_mean"] += (weight * mean[:, None, None]).sum((1, 2, 3))
+    raw["conv1.weight"] = weight
+    torch.save(raw, tmp_path / "raw.pt")
+    given = [*SMALL, "--attack", "none", "--outdir", str(tmp_path)]
+    evaluate.main([*given, "--ckpt", str(tmp_path / "raw.pt")])
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].startswith(
+        f"warning: how {tmp_path / 'raw.pt'} normalizes its images was tried on clean ones: none "
+    )
+    assert "Taking none" in said[0]
+    ba = float(said[-1].split()[1])
+    evaluate.main([*given, "--ckpt", str(tmp_path / "raw.pt"), "--mean", "authors"])
+    said = capsys.readouterr().out.splitlines()
+    assert "does better on clean images with --mean none" in said[0]
+    assert float(said[-1].split()[1]) < ba - 20
+    more = ["--out", str(tmp_path / "d.pt"), "--results", str(tmp_path)]
+    unit.main([*given, *more, "--ckpt", str(tmp_path / "raw.pt"), "--n_steps", "1", "--data_rate", "0.2"])
+    assert utils.load_checkpoint(tmp_path / "d.pt")["std"] == (1.0, 1.0, 1.0)
+    ft = ["--defense", "ft", "--epochs", "1", "--data_rate", "0.2"]
+    defend.main([*given[:-2], *more, "--ckpt", str(tmp_path / "raw.pt"), *ft])
+    assert utils.load_checkpoint(tmp_path / "d.pt")["std"] == (1.0, 1.0, 1.0)
+
+
+def test_a_new_victim_keeps_the_normalization_that_it_was_given(tmp_path):
+    out = tmp_path / "v.pt"
+    short = [*TRAIN, "--epochs", "1", "--attack", "none", "--ckpt", str(out), "--network", "wideresnet16"]
+    train.main([*short, "--mean", "half", "--width", "0.25"])
+    model, checkpoint = utils.load_model(out)
+    assert (checkpoint["mean"], checkpoint["std"]) == NORMALIZATIONS["half"]
+    assert checkpoint["network"] == "wideresnet16"
+    assert model.mean.flatten().tolist() == [0.5, 0.5, 0.5]
+    for odd in (["--mean", "auto"], ["--network", "torchvision:resnet18"]):
+        with pytest.raises(InputError):
+            train.main([*short, "--overwrite", *odd])
+    dbd = ["--defense", "dbd", "--network", "vit", "--out", str(tmp_path / "x.pt"), "--results", str(tmp_path)]
+    with pytest.raises(InputError, match="last layer is named `linear`"):
+        defend.main([*SMALL, *dbd])
 
 
 # --- other projects' files --------------------------------------------------------------------------------------------
