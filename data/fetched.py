@@ -45,7 +45,8 @@ def fetch(name, datadir, train):
     except Exception as error:  # a host that is not there, files that are damaged, a torchvision of another torch
         reason = " ".join((str(error) or type(error).__name__).split())[:120]
         raise InputError(
-            f"no {name} in {datadir}, and none to fetch ({reason}): put {by_hand} there, or give --dataset folder:PATH"
+            f"torchvision finds no {name} in {datadir} and fetches none ({reason}); put there: {by_hand}; "
+            "or give the pictures by --dataset folder:PATH"
         ) from None
     finally:
         socket.setdefaulttimeout(timeout)

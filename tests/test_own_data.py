@@ -352,7 +352,7 @@ def test_without_a_host_one_line_says_where_to_put_the_files(monkeypatch, tmp_pa
 
     classes = ("CIFAR100", "FashionMNIST", "GTSRB", "STL10", "SVHN")
     fake_torchvision(monkeypatch, **({} if error is None else dict.fromkeys(classes, act)))
-    refused(lambda: data.load_dataset(name, tmp_path, True), f"no {name} in {tmp_path}", "put ")
+    refused(lambda: data.load_dataset(name, tmp_path, True), f"no {name} in {tmp_path}", "put there: ", "folder:PATH")
 
 
 def test_fashion_mnist_is_fetched_where_it_is_read(monkeypatch, tmp_path):
