@@ -49,6 +49,7 @@ BADNET = {"file": "cifar10_resnet18_badnet.pt", "sha256": "0", "attack": "badnet
         # where and how it is computed, and under which name, is none of it
         ("unit", ["--device", "cpu", "--precision", "fp32", "--micro_batch", "9", "--batch_size", "9"], "unit"),
         ("unit", ["--max_minutes", "9", "--no-resume", "--out", "x", "--outdir", "y", "--ckpt", "z"], "unit"),
+        ("unit", ["--export", "/x/y.pt2"], "unit"),
         ("ulrl", ["--datadir", "x", "--network", "resnet50", "--device", "cpu"], "ulrl"),
     ],
 )
