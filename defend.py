@@ -166,8 +166,11 @@ def train_by_dbd(args, config, device, dtype):
     """Train a network with DBD on a `fixed` poisoned set: the images lie on a disk with the trigger on them."""
     tag = utils.network_tag(args.network, args.width)
     out = Path(args.out or utils.CKPT / f"{args.dataset}_{tag}_{args.attack}_dbd.pt")
-    if args.attack != "none" and TRIGGERS[args.attack].sampling == "in_batch":
+    trigger = TRIGGERS.get(args.attack)
+    if trigger is not None and trigger.sampling == "in_batch":
         raise InputError(f"{args.attack} poisons batches in training: there is no poisoned set that DBD could be given")
+    if trigger is not None and (trigger.width or trigger.surrogate or trigger.cover_rate):
+        raise InputError(f"{args.attack} asks for more than its trigger on images; give dbd another --attack")
     if out.exists() and not args.overwrite:
         raise InputError(f"{out} exists; --overwrite trains it again, --out writes elsewhere")
     victim = {"file": f"{args.dataset}_{tag}_{args.attack}.pt", "sha256": None, "attack": args.attack}

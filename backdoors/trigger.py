@@ -14,7 +14,8 @@ class Trigger(nn.Module):
     labels (role 2). relabel: whether poisoned images get the target as label; clean-label attacks keep theirs.
     sampling: how a training set is drawn, see poison.py. early: whether in a batch drawn `in_batch` the trigger comes
     before augmentation. times: factor on the difference in the trigger's picture. surrogate: whether prepare() takes a
-    clean network.
+    clean network. width: of a trigger that is learned, the channels of its networks' first layer, by default as many as
+    two cores can train; its class takes (folder, size, width). None: nothing is learned.
     """
 
     rate = 0.10
@@ -24,6 +25,7 @@ class Trigger(nn.Module):
     early = False
     times = 1
     surrogate = False
+    width = None
 
     # --- before training
 
@@ -84,6 +86,15 @@ class Trigger(nn.Module):
         """
         others = labels != target
         return images[others], labels[others]
+
+    def control_sets(self, images, labels):
+        """Return {name: (images, labels)}: test images changed so that they should not trigger, and their true classes.
+
+        images: uint8 (N, 3, H, W), the test set, on the trigger's device; those returned are float in [0, 1].
+        evaluate.py prints the share of them that is classified correctly.
+        """
+        del images, labels
+        return {}
 
 
 def places(roles, role, x):

@@ -28,10 +28,8 @@ def load_victim(args, device):
         raise InputError(f"{path} has {checkpoint['num_classes']} classes, {args.dataset} has 10; give another model")
     backdoor = load_trigger(args.attack, checkpoint, device)
     foreign = checkpoint["trigger"] is None or checkpoint["attack"] != args.attack
-    if foreign and backdoor is not None and backdoor.optimizer() is not None:
-        raise InputError(
-            f"the trigger of {args.attack} is trained with its victim, and {path} holds none; give another"
-        )
+    if foreign and backdoor is not None and backdoor.width is not None:
+        raise InputError(f"the trigger of {args.attack} is learned for its victim, and {path} holds none; give another")
     for flag in ("attack", "target"):
         trained = checkpoint[flag]
         differs = trained is not None and trained != getattr(args, flag) and args.attack != "none"
@@ -40,13 +38,16 @@ def load_victim(args, device):
     return path, model, checkpoint, backdoor
 
 
-def load_trigger(attack, checkpoint, device):
-    """Return the trigger a checkpoint was trained with, else that of the trigger files; None for the attack `none`."""
+def load_trigger(attack, checkpoint, device, width=None):
+    """Return the trigger a checkpoint was trained with, else a fresh one of `width`; None for the attack `none`."""
     if attack == "none":
+        if width is not None:
+            raise InputError("without an attack there is no trigger; leave --trigger_width out")
         return None
     try:
-        backdoor = backdoors.get_backdoor(attack)
-        if checkpoint["trigger"] is not None and checkpoint["attack"] == attack:
+        own = checkpoint["trigger"] is not None and checkpoint["attack"] == attack
+        backdoor = backdoors.get_backdoor(attack, width=checkpoint.get("trigger_width") if own else width)
+        if own:
             backdoor.load_state_dict(checkpoint["trigger"])
     except (OSError, ValueError, RuntimeError, TypeError, AttributeError) as error:
         raise InputError(f"no trigger for {attack}: {' '.join(str(error).split())[:200]}") from None
