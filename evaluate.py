@@ -102,8 +102,11 @@ def main(argv=None):
     print(evaluate(model, images, labels, backdoor, args.target, args.batch_size, dtype), flush=True)
     if backdoor is None:
         return
+    for name, (x, truth) in backdoor.control_sets(images, labels.to(device)).items():
+        right = evaluate(model, x, truth, None, args.target, args.batch_size, dtype).BA
+        print(f"{name} accuracy {100 * right:.2f} %  ({len(x):,} images)", flush=True)
     picture = Path(args.outdir) / f"demo_{args.attack}.png"
-    plots.draw_demo(images, backdoor, picture, times=backdoor.times)
+    plots.draw_demo(images, labels.to(device), args.target, backdoor, picture)
     print(f"wrote {picture}")
     if args.activations:
         picture = picture.with_name(f"activations_{args.attack}.png")

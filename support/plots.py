@@ -8,22 +8,56 @@ import utils
 
 
 @torch.no_grad()
-def draw_demo(images, backdoor, path, times=1, columns=16):
-    """Write the trigger picture: rows clean, triggered, absolute difference (times `times`).
+def trigger_rows(images, labels, target, backdoor, n):
+    """Return {what: float (n, 3, H, W) in [0, 1]}: clean test images, the same triggered, and the difference.
 
-    images: uint8 (N, 3, H, W) on the backdoor's device; the first `columns` are drawn.
+    images: uint8 (N, 3, H, W), labels: int64 (N,), on the backdoor's device; the first n are taken that ASR is measured
+    on. A mix of several images has no clean counterpart, and no difference from it.
     """
-    x = data.to_float(images[:columns])
-    x, triggered = x.cpu(), backdoor(x).cpu()
-    difference = ((triggered - x).abs() * times).clamp(0, 1)
-    rows = {"clean": x, "triggered": triggered, "difference" if times == 1 else f"diff. × {times}": difference}
-    fig = Figure(figsize=(columns, 3.4), layout="constrained")
-    axes = fig.subplots(3, 1)
-    for axis, (name, row) in zip(axes, rows.items(), strict=True):
+    others, truth = backdoor.test_set(images, labels, target)
+    triggered = backdoor(data.to_float(others[:n])).cpu()
+    rows = {"clean": data.to_float((images if truth is None else others)[:n]).cpu(), "triggered": triggered}
+    if truth is not None:
+        name = "difference" if backdoor.times == 1 else f"diff. × {backdoor.times}"
+        rows[name] = ((triggered - rows["clean"]).abs() * backdoor.times).clamp(0, 1)
+    return rows
+
+
+def draw_demo(images, labels, target, backdoor, path, columns=16):
+    """Write the picture of a trigger on its first `columns` images, see trigger_rows()."""
+    rows = trigger_rows(images, labels, target, backdoor, columns)
+    fig = Figure(figsize=(columns, 1.15 * len(rows)), layout="constrained")
+    for axis, (name, row) in zip(fig.subplots(len(rows), 1), rows.items(), strict=True):
         axis.imshow(torch.cat(list(row), dim=2).permute(1, 2, 0).numpy(), interpolation="nearest")
         axis.set_ylabel(name, fontsize=11)
         axis.set_xticks([])
         axis.set_yticks([])
+    utils.write_whole(path, lambda p: fig.savefig(p, format="png", dpi=100))
+
+
+def draw_triggers(triggers, path):
+    """Write the sheet of all triggers, a line each: {name: what trigger_rows() returns, or why there is nothing}."""
+    wide, side = next(
+        row.shape[0::3] for rows in triggers.values() if not isinstance(rows, str) for row in rows.values()
+    )
+    line, strip, left = side + 4, wide * side + 8, 4 * side
+    canvas = torch.ones(3, len(triggers) * line + side // 2, left + 3 * strip)
+    fig = Figure(figsize=(canvas.shape[2] / 50, canvas.shape[1] / 50))
+    axis = fig.add_axes((0, 0, 1, 1))
+    for column, name in enumerate(("clean", "triggered", "difference, times the factor")):
+        axis.text(left + column * strip, side // 4, name, va="center")
+    for top, (name, rows) in zip(range(side // 2, canvas.shape[1], line), triggers.items(), strict=False):
+        missing = isinstance(rows, str)
+        factor = next((what.removeprefix("diff.") for what in ([] if missing else rows) if "×" in what), "")
+        axis.text(left - 6, top + side // 2, name + factor, ha="right", va="center")
+        if missing:
+            axis.text(left, top + side // 2, rows, va="center", color="gray")
+            continue
+        for column, row in enumerate(rows.values()):
+            start = left + column * strip
+            canvas[:, top : top + side, start : start + wide * side] = torch.cat(list(row), dim=2)
+    axis.imshow(canvas.permute(1, 2, 0).numpy(), interpolation="nearest")
+    axis.axis("off")
     utils.write_whole(path, lambda p: fig.savefig(p, format="png", dpi=100))
 
 
