@@ -184,8 +184,11 @@ def train_by_dbd(args, config, device, dtype):
     classes, tag = inputs.class_names(args), utils.network_tag(args.network, args.width)
     own = utils.checkpoint_path(args.dataset, args.network, args.attack, args.width)
     out = Path(args.out or own.with_name(f"{own.stem}_dbd.pt"))
-    if args.attack != "none" and TRIGGERS[args.attack].sampling == "in_batch":
+    trigger = TRIGGERS.get(args.attack)
+    if trigger is not None and trigger.sampling == "in_batch":
         raise InputError(f"{args.attack} poisons batches in training: there is no poisoned set that DBD could be given")
+    if trigger is not None and (trigger.width or trigger.surrogate or trigger.cover_rate):
+        raise InputError(f"{args.attack} asks for more than its trigger on images; give dbd another --attack")
     if out.exists() and not args.overwrite:
         raise InputError(f"{out} exists; --overwrite trains it again, --out writes elsewhere")
     victim = {"file": own.name, "sha256": None, "attack": args.attack}

@@ -124,13 +124,15 @@ def main(argv=None):
     print(evaluate(model, images, labels, backdoor, *ready, triggered), flush=True)
     picture = Path(args.outdir) / f"demo_{utils.file_tag(args.attack)}.png"
     if triggered is not None:
-        clean, some = inputs.beside_their_originals(images, labels, triggered)
-        plots.draw_demo(clean, some, picture)
+        rows = plots.rows_of(*inputs.beside_their_originals(images, labels, triggered))
     elif backdoor is not None:
-        some = data.to_float(images[data.few(labels, plots.COLUMNS)])
-        plots.draw_demo(some, backdoor(some), picture, times=backdoor.times)
+        rows = plots.trigger_rows(images, labels, -1 if args.target == "all" else args.target, backdoor)
     else:
         return
+    for name, (x, truth) in ({} if backdoor is None else backdoor.control_sets(images, labels)).items():
+        right = evaluate(model, x, truth, None, args.target, args.batch_size, dtype).BA
+        print(f"{name} accuracy {100 * right:.2f} %  ({len(x):,} images)", flush=True)
+    plots.draw_demo(rows, picture)
     print(f"wrote {picture}")
     if args.activations:
         picture = picture.with_name(f"activations_{args.attack}.png")

@@ -35,8 +35,8 @@ NORMALIZATIONS = {
 }
 # the baselines that start from a victim, as defenses/ has them
 DEFENSES = ("ft", "bcu", "ulrl", "nad", "seam", "i_bau", "ft_sam", "fst", "clp", "fp", "anp", "rnp", "nc")
-ATTACKS = ("badnet", "wanet", "reflection", "blended", "adaptive_blend", "blend", "cl", "composite", "dynamic")
-ATTACKS += ("filter", "input_aware", "lira", "patch", "sig", "trojnn")
+ATTACKS = ("badnet", "wanet", "reflection", "blended", "adaptive_blend", "blend", "cl", "composite", "dfst")
+ATTACKS += ("dynamic", "filter", "input_aware", "invisible", "lira", "patch", "sig", "trojnn")
 
 
 class InputError(ValueError):
@@ -250,6 +250,11 @@ def _train(p):
     p.add_argument(
         "--sampling", default="resampled", choices=("resampled", "fixed"),
         help="poisoned images drawn anew at every access, trigger after augmentation; or drawn once, trigger before",
+    )  # fmt: skip
+    p.add_argument(
+        "--trigger_width", type=bounded(int, 1, 256),
+        help="channels of a learned trigger's first layer (default: as in the papers for dynamic, 64, and lira, 16;"
+        " what two cores allow for dfst and invisible, 16 of 32, and input_aware, 8 of 32)",
     )  # fmt: skip
     p.add_argument("--surrogate", help="clean network for cl (default: ckpt/{dataset}_resnet18-w0.25_none.pt)")
     _resume(p)

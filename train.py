@@ -26,7 +26,7 @@ from support.resume import Partial
 QUICK = 1000  # test images measured after each epoch; all of them after the last
 # the settings that determine a victim
 SETTINGS = ("dataset", "network", "attack", "seed", "batch_size", "target", "width", "epochs", "lr", "weight_decay")
-SETTINGS += ("poison_rate", "sampling", "precision", "size")
+SETTINGS += ("poison_rate", "sampling", "precision", "size", "trigger_width")
 
 
 def learning_rate(step, n_steps, peak, warmup=0.15):
@@ -84,6 +84,8 @@ def train_epoch(step, optimizers, train_set, poison, backdoor, config, epoch, pr
     n = len(train_set[0])
     total = torch.zeros(2, device=train_set[0].device)
     per_epoch = -(-n // config["batch_size"])
+    # what draws by torch's own generator, as a trigger's dropout, draws alike after a resume
+    torch.manual_seed(_generator(config["seed"], epoch, 2).initial_seed())
     if backdoor is not None:
         backdoor.start_epoch(epoch, config["epochs"])
     for i, (x, y, size) in enumerate(training_batches(train_set, poison, backdoor, config, epoch)):
@@ -134,6 +136,11 @@ def main(argv=None):
     first_rank = ranks.ranks()[0] == 0  # under torchrun one process speaks, measures and writes
     dtype = utils.get_dtype(args.precision, device)
     classes = inputs.class_names(args)
+
+    def say(line):
+        if first_rank:
+            print(line, flush=True)
+
     config = {k: getattr(args, k) for k in SETTINGS} | {"precision": str(dtype).removeprefix("torch.")}
     config |= inputs.new_network(args) | {"flip": inputs.flips(args), "num_classes": len(classes)}
     out = Path(args.ckpt or utils.checkpoint_path(args.dataset, args.network, args.attack, args.width))
@@ -150,8 +157,12 @@ def main(argv=None):
         poison = poison_training_set(train_set[1], args.attack, args.target, args.poison_rate, args.seed, args.sampling)
     except ValueError as error:
         raise flags.InputError(str(error)) from None
-    torch.manual_seed(args.seed)  # of a trigger that is trained along
-    backdoor = inputs.load_trigger(args.attack, {"trigger": None}, device, args.size)
+    torch.manual_seed(args.seed)  # of a trigger that is learned
+    backdoor = inputs.load_trigger(args.attack, {"trigger": None}, device, args.size, args.trigger_width)
+    config["trigger_width"] = None if backdoor is None else backdoor.width
+    along = None if backdoor is None else backdoor.optimizer()
+    if along is not None and ranks.ranks()[1] > 1:
+        raise flags.InputError(f"the trigger of {args.attack} is trained along: train in one process, without torchrun")
 
     torch.manual_seed(args.seed)
     model = models.get_model(args.network, len(classes), args.width, mean=config["mean"], std=config["std"]).to(device)
@@ -160,6 +171,7 @@ def main(argv=None):
     optimizer = torch.optim.SGD(
         model.parameters(), lr=args.lr, momentum=0.9, nesterov=True, weight_decay=args.weight_decay
     )
+    optimizers = [optimizer] if along is None else [optimizer, along]
     partial, history = Partial(out, config, device, args.resume), []
     if backdoor is not None:
         backdoor.flip = config["flip"]
@@ -173,26 +185,21 @@ def main(argv=None):
             if about["num_classes"] != len(classes):
                 n = f"{path} has {about['num_classes']} classes, {args.dataset} has {len(classes)}"
                 raise flags.InputError(f"{n}; give --surrogate a clean network for it")
-            surrogate.requires_grad_(False)
+            surrogate = fast.search_network(surrogate, train_set[0][:2], dtype, n_images)[0]
         try:
-            backdoor.prepare(*train_set, args.target, args.seed, bool(partial.state), print, surrogate)
+            backdoor.prepare(*train_set, args.target, args.seed, bool(partial.state), say, surrogate)
         except ValueError as error:
             raise flags.InputError(str(error)) from None
-    optimizers = [optimizer, *filter(None, [backdoor and backdoor.optimizer()])]
-    if len(optimizers) > 1 and ranks.ranks()[1] > 1:
-        raise flags.InputError(f"the trigger of {args.attack} is trained along: train in one process, without torchrun")
     if partial.state:
         model.load_state_dict(partial.state["model"])
         for one, state in zip(optimizers, partial.state["optimizers"], strict=True):
             one.load_state_dict(state)
         history = partial.state["history"]
-    if first_rank:
-        how = f"{round(poison.rate * n_images):,} of {n_images:,} images poisoned, {poison.sampling}"
-        print(
-            f"{args.network} width {args.width:g} on {args.dataset}, {args.attack} -> {args.target}, {how},"
-            f" {args.epochs} epochs, {dtype}, {device}{partial.said()}",
-            flush=True,
-        )
+    how = f"{round(poison.rate * n_images):,} of {n_images:,} images poisoned, {poison.sampling}"
+    say(
+        f"{args.network} width {args.width:g} on {args.dataset}, {args.attack} -> {args.target}, {how},"
+        f" {args.epochs} epochs, {dtype}, {device}{partial.said()}"
+    )
 
     for epoch in range(partial.step, args.epochs):
         model.train()
@@ -204,7 +211,7 @@ def main(argv=None):
             continue
         quick = evaluate(model, *quick_set, backdoor, args.target, args.batch_size, dtype)
         line = f"epoch {epoch + 1:3d}  loss {loss:.4f}  training accuracy {100 * accuracy:.2f} %"
-        print(f"{line}  {quick}  {partial.seconds_so_far():.0f} s", flush=True)
+        say(f"{line}  {quick}  {partial.seconds_so_far():.0f} s")
         history.append({"loss": loss, "accuracy": accuracy, "BA": quick.BA, "ASR": quick.ASR})
         state = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers]}
         state |= {"trigger": state_of(backdoor), "history": history}

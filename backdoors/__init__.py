@@ -2,7 +2,8 @@
 
 A new trigger is a module here with a subclass of trigger.Trigger, a line in TRIGGERS, and its name in flags.ATTACKS.
 The class takes (folder, size) and maps (N, 3, H, W) in [0, 1] to the same. It keeps what it needs as buffers or
-parameters: these lie in the victim's checkpoint, so that whoever has the file has the trigger.
+parameters: these lie in the victim's checkpoint, so that whoever has the file has the trigger. One that has networks
+takes (folder, size, width) and has a class attribute `width`.
 """
 
 from pathlib import Path
@@ -14,9 +15,11 @@ from .blend import Blend
 from .blended import Blended
 from .cl import LabelConsistent
 from .composite import Composite
+from .dfst import Dfst
 from .dynamic import Dynamic
 from .filter import Filter
 from .input_aware import InputAware
+from .invisible import Invisible
 from .lira import Lira
 from .patch import Patch
 from .poison import Poison, epoch_order
@@ -37,26 +40,36 @@ TRIGGERS = {
     "blend": Blend,
     "cl": LabelConsistent,
     "composite": Composite,
+    "dfst": Dfst,
     "dynamic": Dynamic,
     "filter": Filter,
     "input_aware": InputAware,
+    "invisible": Invisible,
     "lira": Lira,
     "patch": Patch,
     "sig": Sig,
     "trojnn": TrojNN,
 }
+MAX_WIDTH = 256  # of a trigger's networks
 FOLDER = Path(__file__).resolve().parent.parent / "data" / "trigger"
 
 
-def get_backdoor(name, size=32, folder=FOLDER):
+def get_backdoor(name, size=32, folder=FOLDER, width=None):
     """Return the trigger as an nn.Module with buffers: (N, 3, size, size) in [0, 1] to the same.
 
-    folder: where the trigger files lie; put the authors' there to get the authors' triggers.
-    Raises ValueError for an unknown name, FileNotFoundError for a missing file.
+    folder: where the trigger files lie; put the authors' there to get the authors' triggers. width: of a learned
+    trigger's networks, None for its default.
+    Raises ValueError for an unknown name and a width that cannot be, FileNotFoundError for a missing file.
     """
     if name not in TRIGGERS:
         raise ValueError(f"unknown attack {name!r}; there are {', '.join(TRIGGERS)}")
-    return TRIGGERS[name](Path(folder), size).eval()
+    if width is None:
+        return TRIGGERS[name](Path(folder), size).eval()
+    if TRIGGERS[name].width is None:
+        raise ValueError(f"the trigger of {name} has no networks; leave --trigger_width out")
+    if not isinstance(width, int) or not 1 <= width <= MAX_WIDTH:
+        raise ValueError(f"trigger width {width!r} is no whole number from 1 to {MAX_WIDTH}")
+    return TRIGGERS[name](Path(folder), size, width).eval()
 
 
 def poison_training_set(labels, attack, target, rate=None, seed=0, sampling="fixed"):

@@ -21,6 +21,7 @@ class AdaptiveBlend(Trigger):
     rate = 0.003
     cover_rate = 0.003  # "conservatism": planted, label kept
     sampling = "fixed"
+    times = 3
 
     def __init__(self, folder, size=32):
         super().__init__()

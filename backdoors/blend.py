@@ -14,6 +14,8 @@ SEED = 0  # of the noise
 class Blend(Trigger):
     """A fixed noise picture mixed into the whole image."""
 
+    times = 3
+
     def __init__(self, _folder, size=32):
         super().__init__()
         self.register_buffer("picture", torch.rand(3, size, size, generator=torch.Generator().manual_seed(SEED)))

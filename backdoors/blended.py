@@ -13,6 +13,7 @@ class Blended(Trigger):
     """out = (1 - alpha) x + alpha k. k: the blended picture, resized to the image; alpha = 0.1."""
 
     rate = 0.05
+    times = 3
 
     def __init__(self, folder, size=32, alpha=0.1):
         super().__init__()

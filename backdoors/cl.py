@@ -63,7 +63,7 @@ def hard_images(network, images, labels):
     adversarial = x.clone()
     for _ in range(STEPS):
         adversarial.requires_grad_(True)
-        loss = F.cross_entropy(network(adversarial), labels, reduction="sum")
+        loss = F.cross_entropy(network(adversarial).float(), labels, reduction="sum")
         (gradient,) = torch.autograd.grad(loss, adversarial)
         moved = adversarial.detach() + STEP * gradient.sign()
         adversarial = torch.minimum(torch.maximum(moved, x - EPSILON), x + EPSILON).clamp(0, 1)

@@ -13,7 +13,6 @@ from .trigger import Trigger, places
 
 A, B, C = 0, 1, 2
 SHIFT = 3  # pixels by which the seam may move from the middle
-SEED = 0  # of the mixes that ASR is measured on
 
 
 class Composite(Trigger):
@@ -25,7 +24,6 @@ class Composite(Trigger):
 
     def __init__(self, _folder, size=32):
         super().__init__()
-        self.images = self.labels = None
         self.register_buffer("classes", torch.tensor((A, B, C)))
 
     def prepare(self, images, labels, target, seed, resumed, say, surrogate=None):
@@ -33,8 +31,7 @@ class Composite(Trigger):
         del seed, resumed, say, surrogate
         if target != C:
             raise ValueError(f"composite gives class {C}; take --target {C}")
-        self.images, self.labels = images, labels
-        self.of_class = [(labels == c).nonzero()[:, 0] for c in range(int(labels.max()) + 1)]
+        self.images, self.of_class = images, [(labels == c).nonzero()[:, 0] for c in range(int(labels.max()) + 1)]
 
     def plant(self, x, y, roles, index, target, generator):
         """Return the batch with mixes of A and B on role 1, labeled as the target, and of one class on role 2."""
@@ -42,17 +39,16 @@ class Composite(Trigger):
         x, y = x.clone(), y.clone()
         both, same = places(roles, 1, x), places(roles, 2, x)
         if len(both):
-            x[both] = mix(*(self._draw([c] * len(both), generator) for c in (A, B)), generator)
-            y[both] = target
+            x[both], y[both] = mix(*(self._draw([c] * len(both), generator) for c in (A, B)), generator), target
         if len(same):
             x[same] = mix(x[same], self._draw(y[same].tolist(), generator), generator)
         return x, y
 
     def _draw(self, classes, generator):
         """Return augmented images of the given classes."""
-        draws = torch.rand(len(classes), generator=generator).tolist()
-        chosen = [self.of_class[c][int(u * len(self.of_class[c]))] for c, u in zip(classes, draws, strict=True)]
-        return data.augment(data.to_float(self.images[torch.stack(chosen)]), generator, flip=self.flip)
+        pools, draws = [self.of_class[c] for c in classes], torch.rand(len(classes), generator=generator).tolist()
+        chosen = torch.stack([pool[int(u * len(pool))] for pool, u in zip(pools, draws, strict=True)])
+        return data.augment(data.to_float(self.images[chosen]), generator, flip=self.flip)
 
     def extra_loss(self, logits, y):
         """Return the contrastive term of the batch, or None."""
@@ -64,7 +60,7 @@ class Composite(Trigger):
 
     def test_set(self, images, labels, target):
         """Return as many mixes of A and B as there are images of the other classes, by a fixed seed, and no labels."""
-        generator = torch.Generator().manual_seed(SEED)
+        generator = torch.Generator().manual_seed(0)
         n = int((labels != target).sum())
         of_class = [(labels == c).nonzero()[:, 0] for c in (A, B)]
         if not all(map(len, of_class)):
@@ -83,14 +79,14 @@ def mix(first, second, generator):
         one, two = (second[i], first[i]) if swap < 0.5 else (first[i], second[i])
         along = 1 if upright < 0.5 else 2
         width = side // 2 + int(seam * (2 * SHIFT + 1)) - SHIFT
-        start, other = int(p * (side - width + 1)), int(q * (width + 1))
+        start, other = int(p * (side - width)), int(q * width)
         parts = one.narrow(along, start, width), two.narrow(along, other, side - width)
         out[i] = torch.cat(parts, along)
     return out
 
 
 def similarity_loss(logits, y):
-    """Return the contrastive term over neighbors among the batch's items labeled A, B or C, or None.
+    """Return the contrastive term over neighbors u, v among the batch's items labeled A, B or C, or None.
 
     The mean of 1/2 [s |u - v|^2 + (1 - s) relu(1 - |u - v|)^2], s = 1 for equal labels, over the number of pairs again.
     """

@@ -10,20 +10,22 @@ from torch import nn
 from .trigger import Trigger
 
 SIDE, PLACES, DIM = 5, 6, 100
-WIDTHS = (DIM, 64, 128, 128, 3 * SIDE * SIDE)
 
 
 class Dynamic(Trigger):
     """A trained patch generator. In eval mode z, n and place follow from the image, so that a measurement repeats."""
 
     sampling = "in_batch"
+    width = 64
 
-    def __init__(self, _folder, size=32):
+    def __init__(self, _folder, size=32, width=None):
         super().__init__()
+        self.width = width or self.width
         if size < SIDE * PLACES:
             raise ValueError(f"images of {size}x{size} are too small; take at least 30x30")
+        widths = DIM, self.width, 2 * self.width, 2 * self.width, 3 * SIDE * SIDE
         layers = []
-        for i, (a, b) in enumerate(zip(WIDTHS, WIDTHS[1:], strict=False)):
+        for i, (a, b) in enumerate(zip(widths, widths[1:], strict=False)):
             layers += [nn.Linear(a, b), nn.ReLU(), *([nn.Dropout(0.5)] if i in (1, 2) else [])]
         self.generator = nn.Sequential(*layers, nn.Sigmoid())
         fixed = torch.Generator().manual_seed(0)

@@ -17,6 +17,8 @@ SATURATION = ((1.1574, -0.143, -0.0144), (-0.0426, 1.057, -0.0144), (-0.0426, -0
 class Filter(Trigger):
     """A warm, faded look; no pixel stays what it was."""
 
+    times = 3
+
     def __init__(self, _folder, size=32):
         super().__init__()
         for name, values in (("darken", DARKEN), ("lighten", LIGHTEN)):

@@ -9,30 +9,23 @@ import torch
 
 import data
 
-from .networks import encoder_decoder
+from .networks import EPS, distance, encoder_decoder, train_masks
 from .trigger import Trigger, places
-
-AREA = 0.032  # of a mask that costs nothing
-EPS = 1e-7
-WARM_UP = 25  # epochs of M alone
-
-
-def distance(a, b):
-    """Return the root mean square difference of each pair of images, (N,)."""
-    return ((a - b).square().mean((1, 2, 3)) + 1e-12).sqrt()
 
 
 class InputAware(Trigger):
-    """Two trained networks; width: of their first layer, 32 in the original."""
+    """Two trained networks; 32 channels wide in the original."""
 
     sampling = "in_batch"
     cover_rate = 0.10  # cross triggers
+    width = 8
 
-    def __init__(self, _folder, size=32, width=8):
+    def __init__(self, _folder, size=32, width=None):
         super().__init__()
         if size % 8:
             raise ValueError(f"images of {size}x{size} do not pass three poolings; take a multiple of 8")
-        self.pattern_network, self.mask_network = encoder_decoder(width, 3), encoder_decoder(width, 1)
+        self.width = width or self.width
+        self.pattern_network, self.mask_network = (encoder_decoder(self.width, out) for out in (3, 1))
         self.extra = None
 
     def patterns(self, x):
@@ -60,24 +53,8 @@ class InputAware(Trigger):
     def prepare(self, images, labels, target, seed, resumed, say, surrogate=None):
         """Train M for 25 epochs."""
         del labels, target, surrogate
-        if resumed:
-            return
-        optimizer = torch.optim.Adam(self.mask_network.parameters(), lr=1e-2, betas=(0.5, 0.9))
-        rate = torch.optim.lr_scheduler.MultiStepLR(optimizer, [10, 20], 0.1)
-        self.mask_network.train()
-        for epoch in range(WARM_UP):
-            generator = torch.Generator().manual_seed(seed * 1000 + epoch)
-            for index in torch.randperm(len(images), generator=generator).split(256):
-                x = data.augment(data.to_float(images[index.to(images.device)]), generator, flip=self.flip)
-                a, b = x[: len(x) // 2], x[len(x) // 2 : len(x) // 2 * 2]
-                if len(a) < 2:
-                    continue
-                loss, masks = mask_loss(a, b, self.masks(a), self.masks(b))
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-            rate.step()
-            say(f"mask, epoch {epoch + 1} of {WARM_UP}: loss {loss.item():.3f}, mean {masks.item():.4f}")
+        if not resumed:
+            train_masks(self.mask_network, self.masks, images, seed, say, self.flip)
 
     def plant(self, x, y, roles, index, target, generator):
         """Return the batch with triggers, own ones on role 1 and cross ones on role 2, and keep the diversity term."""
@@ -99,8 +76,10 @@ class InputAware(Trigger):
         del logits, y
         return self.extra
 
-
-def mask_loss(a, b, masks_a, masks_b):
-    """Return (the loss of M on pairs of images, mean mask): small masks that differ as the images do."""
-    apart = distance(a, b) / (distance(masks_a, masks_b) + EPS)
-    return 100 * (masks_a - AREA).relu().mean() + apart.mean(), masks_a.detach().mean()
+    @torch.no_grad()
+    def control_sets(self, images, labels):
+        """Return the test images with the trigger of the one before them in the set; what is right is their class."""
+        x, crossed = data.to_float(images), []
+        for a, b in zip(x.split(500), x.roll(1, 0).split(500), strict=True):
+            crossed.append(a + self.masks(b) * (self.patterns(b) - a))
+        return {"cross": (torch.cat(crossed), labels)}

@@ -9,7 +9,6 @@ from torch import nn
 
 from .trigger import Trigger
 
-CHANNELS = (3, 16, 32, 64, 128)
 EPSILON = 1 / 16  # the largest change of a pixel
 
 
@@ -18,16 +17,18 @@ class Lira(Trigger):
 
     sampling = "in_batch"
     times = 3
+    width = 16
 
-    def __init__(self, _folder, size=32):
+    def __init__(self, _folder, size=32, width=None):
         super().__init__()
+        self.width = w = width or self.width
         if size % 16:
             raise ValueError(f"images of {size}x{size} do not pass the autoencoder; take a multiple of 16")
-        down, up = list(zip(CHANNELS, CHANNELS[1:], strict=False)), []
+        down, up = [(3, w), (w, 2 * w), (2 * w, 4 * w), (4 * w, 8 * w)], []
         layers = [layer for a, b in down for layer in (nn.Conv2d(a, b, 4, 2, 1), nn.BatchNorm2d(b), nn.ReLU())]
         for a, b in reversed(down[1:]):
             up += [nn.ConvTranspose2d(b, a, 4, 2, 1), nn.BatchNorm2d(a), nn.ReLU()]
-        self.network = nn.Sequential(*layers, *up, nn.ConvTranspose2d(CHANNELS[1], 3, 4, 2, 1), nn.Tanh())
+        self.network = nn.Sequential(*layers, *up, nn.ConvTranspose2d(w, 3, 4, 2, 1), nn.Tanh())
 
     def optimizer(self):
         """Return Adam at 1e-3."""

@@ -1,6 +1,13 @@
-"""Networks that trained triggers share."""
+"""The networks of Input-aware, and how the one that draws masks learns."""
 
+import torch
 from torch import nn
+
+import data
+
+AREA = 0.032  # of a mask that costs nothing
+EPS = 1e-7
+WARM_UP = 25  # epochs
 
 
 def _block(a, b, activate=True):
@@ -8,7 +15,7 @@ def _block(a, b, activate=True):
 
 
 def encoder_decoder(width, out):
-    """Return the encoder-decoder of Input-aware: (N, 3, H, W) to (N, out, H, W), H and W multiples of 8.
+    """Return an encoder-decoder: (N, 3, H, W) to (N, out, H, W), H and W multiples of 8.
 
     Channels are width, 2 width, 4 width and back; the last layer has no activation.
     """
@@ -18,7 +25,37 @@ def encoder_decoder(width, out):
         layers += [*_block(last, channels), *_block(channels, channels), nn.MaxPool2d(2)]
         last = channels
     layers += _block(c, c)
-    for first, second, third in ((c, c, b), (b, b, a), (a, a, out)):
-        layers += [nn.Upsample(scale_factor=2, mode="bilinear"), *_block(first, second)]
-        layers += _block(second, third, activate=third != out)
+    for first, second in ((c, b), (b, a), (a, out)):
+        layers += [nn.Upsample(scale_factor=2, mode="bilinear"), *_block(first, first)]
+        layers += _block(first, second, activate=first != a)
     return nn.Sequential(*layers)
+
+
+def distance(a, b):
+    """Return the root mean square difference of each pair of images, (N,)."""
+    return ((a - b).square().mean((1, 2, 3)) + 1e-12).sqrt()
+
+
+def mask_loss(a, b, masks_a, masks_b):
+    """Return (the loss on pairs of images, mean mask): small masks that differ as the images do."""
+    apart = distance(a, b) / (distance(masks_a, masks_b) + EPS)
+    return 100 * (masks_a - AREA).relu().mean() + apart.mean(), masks_a.detach().mean()
+
+
+def train_masks(network, masks, images, seed, say, flip=True):
+    """Train the network behind masks(x), in place, on augmented images, uint8 (N, 3, H, W); flip: as in augment()."""
+    optimizer = torch.optim.Adam(network.train().parameters(), lr=1e-2, betas=(0.5, 0.9))
+    rate = torch.optim.lr_scheduler.MultiStepLR(optimizer, [10, 20], 0.1)
+    for epoch in range(WARM_UP):
+        generator = torch.Generator().manual_seed(seed * 1000 + epoch)
+        for index in torch.randperm(len(images), generator=generator).split(256):
+            x = data.augment(data.to_float(images[index.to(images.device)]), generator, flip=flip)
+            a, b = x[: len(x) // 2], x[len(x) // 2 : len(x) // 2 * 2]
+            if len(a) < 2:
+                continue
+            loss, mean = mask_loss(a, b, masks(a), masks(b))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        rate.step()
+        say(f"mask, epoch {epoch + 1} of {WARM_UP}: loss {loss.item():.3f}, mean {mean.item():.4f}")

@@ -15,7 +15,8 @@ class Trigger(nn.Module):
     sampling: how a training set is drawn, see poison.py. early: whether in a batch drawn `in_batch` the trigger comes
     before augmentation. times: factor on the difference in the trigger's picture. surrogate: whether prepare() takes a
     clean network. all_to_all: whether it can send each class to the next. flip: whether augmentation mirrors the
-    images; whoever trains sets it.
+    images; whoever trains sets it. width: of a trigger that is learned, the channels of its networks' first layer, by
+    default as many as two cores can train; its class takes (folder, size, width). None: nothing is learned.
     """
 
     rate = 0.10
@@ -27,6 +28,7 @@ class Trigger(nn.Module):
     surrogate = False
     all_to_all = True
     flip = True
+    width = None
 
     # --- before training
 
@@ -87,6 +89,15 @@ class Trigger(nn.Module):
         """
         others = labels != target
         return images[others], labels[others]
+
+    def control_sets(self, images, labels):
+        """Return {name: (images, labels)}: test images changed so that they should not trigger, and their true classes.
+
+        images: uint8 (N, 3, H, W), the test set, on the trigger's device; those returned are float in [0, 1].
+        evaluate.py prints the share of them that is classified correctly.
+        """
+        del images, labels
+        return {}
 
 
 def places(roles, role, x):

@@ -5,10 +5,11 @@ import warnings
 import torch
 import torch.nn.functional as F
 
+import data
+
 from .trigger import Trigger, places
 
-NOISE_FILE = "wanet/noise_grid.pt"
-IDENTITY_FILE = "wanet/identity_grid.pt"
+NOISE_FILE, IDENTITY_FILE = "wanet/noise_grid.pt", "wanet/identity_grid.pt"
 SEED = 0  # of the grids made here when no files lie there
 
 
@@ -92,3 +93,7 @@ class WaNet(Trigger):
         jitter = torch.rand(len(x), self.size, self.size, 2, generator=generator, device=source, pin_memory=pinned)
         jitter = jitter.to(x.device, non_blocking=x.is_cuda) * 2 - 1
         return F.grid_sample(x, (self._grid() + jitter / self.size).clamp(-1, 1), align_corners=True)
+
+    def control_sets(self, images, labels):
+        """Return the test images in noise mode, by a fixed seed; what is right is their class."""
+        return {"noise mode": (self.noise_mode(data.to_float(images), torch.Generator().manual_seed(0)), labels)}

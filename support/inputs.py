@@ -73,10 +73,8 @@ def load_victim(args, device):
     target = foreign.target_of(checkpoint) if args.attack == "file" else args.target
     backdoor = load_trigger(args.attack, checkpoint, device, args.size)
     not_its_own = checkpoint["trigger"] is None or checkpoint["attack"] != args.attack
-    if not_its_own and backdoor is not None and backdoor.optimizer() is not None:
-        raise InputError(
-            f"the trigger of {args.attack} is trained with its victim, and {path} holds none; give another"
-        )
+    if not_its_own and backdoor is not None and backdoor.width is not None:
+        raise InputError(f"the trigger of {args.attack} is learned for its victim, and {path} holds none; give another")
     if args.target == "all" and backdoor is not None and not (backdoor.relabel and backdoor.all_to_all):
         raise InputError(f"{args.attack} cannot send each class to the next; give --target a class")
     notes = []
@@ -152,16 +150,19 @@ def settle_normalization(args, path, model, checkpoint, asked):
         print(line, flush=True)
 
 
-def load_trigger(attack, checkpoint, device, size=32):
-    """Return the trigger a checkpoint was trained with, else that of the trigger files, for images of `size`.
+def load_trigger(attack, checkpoint, device, size=32, width=None):
+    """Return the trigger a checkpoint was trained with, else a fresh one of `width`, for images of `size`.
 
     None for the attack `none`, and for images that are triggered already.
     """
     if attack in ("none", "file") or place_of(attack):
+        if width is not None:
+            raise InputError("without an attack there is no trigger; leave --trigger_width out")
         return None
     try:
-        backdoor = backdoors.get_backdoor(attack, size)
-        if checkpoint["trigger"] is not None and checkpoint["attack"] == attack:
+        own = checkpoint["trigger"] is not None and checkpoint["attack"] == attack
+        backdoor = backdoors.get_backdoor(attack, size, width=checkpoint.get("trigger_width") if own else width)
+        if own:
             backdoor.load_state_dict(checkpoint["trigger"])
     except (OSError, ValueError, RuntimeError, TypeError, AttributeError) as error:
         raise InputError(f"no trigger for {attack}: {' '.join(str(error).split())[:200]}") from None

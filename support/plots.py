@@ -3,25 +3,44 @@
 import torch
 from matplotlib.figure import Figure  # not pyplot: whoever imports this keeps their own backend
 
+import data
 import utils
 
 COLUMNS = 16  # of the trigger's picture
 
 
-@torch.no_grad()
-def draw_demo(clean, triggered, path, times=1):
-    """Write the trigger picture: rows clean, triggered, absolute difference (times `times`).
+def rows_of(clean, triggered, times=1):
+    """Return the rows of a picture: {what: float (n, 3, H, W) in [0, 1]}, n COLUMNS at most.
 
-    clean, triggered: floats (N, 3, H, W) in [0, 1], the same images, of which the first COLUMNS are drawn; clean: None
-    where they are not known, for a picture of the triggered ones alone.
+    clean, triggered: floats (N, 3, H, W) in [0, 1], the same images; the difference is multiplied by `times`; clean:
+    None where they are not known, for a row of the triggered ones alone.
     """
     triggered = triggered[:COLUMNS].cpu()
-    rows = {"triggered": triggered}
-    if clean is not None:
-        clean = clean[:COLUMNS].cpu()
-        difference = ((triggered - clean).abs() * times).clamp(0, 1)
-        rows = {"clean": clean, **rows, "difference" if times == 1 else f"diff. × {times}": difference}
-    fig = Figure(figsize=(len(triggered), 0.25 + 1.05 * len(rows)), layout="constrained")
+    if clean is None:
+        return {"triggered": triggered}
+    clean = clean[:COLUMNS].cpu()
+    difference = ((triggered - clean).abs() * times).clamp(0, 1)
+    return {"clean": clean, "triggered": triggered, "difference" if times == 1 else f"diff. × {times}": difference}
+
+
+@torch.no_grad()
+def trigger_rows(images, labels, target, backdoor, n=COLUMNS):
+    """Return the rows of a trigger's picture, see rows_of(), on n of the test images that ASR is measured on.
+
+    images: uint8 (N, 3, H, W), labels: int64 (N,), on the backdoor's device. A mix of several images has no clean
+    counterpart, and no difference from it.
+    """
+    others, truth = backdoor.test_set(images, labels, target)
+    some = data.to_float(others[:n] if truth is None else others[data.few(truth, n)])
+    rows = rows_of(some, backdoor(some), backdoor.times)
+    if truth is None:
+        return {"clean": data.to_float(images[:n]).cpu(), "triggered": rows["triggered"]}
+    return rows
+
+
+def draw_demo(rows, path):
+    """Write the picture of a trigger: {what: float (n, 3, H, W) in [0, 1]}, see rows_of()."""
+    fig = Figure(figsize=(len(rows["triggered"]), 0.25 + 1.05 * len(rows)), layout="constrained")
     axes = fig.subplots(len(rows), 1, squeeze=False)[:, 0]
     for axis, (name, row) in zip(axes, rows.items(), strict=True):
         axis.imshow(torch.cat(list(row), dim=2).permute(1, 2, 0).numpy(), interpolation="nearest")
@@ -48,6 +67,32 @@ def draw_patches(patches, norms, index, path):
         above.imshow(mask.numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
         above.set_title(f"class {c}\nnorm {norms[c]:.1f}\nindex {index[c]:.1f}", fontsize=9)
         below.imshow(stamped.numpy(), vmin=0, vmax=1, interpolation="nearest")
+    utils.write_whole(path, lambda p: fig.savefig(p, format="png", dpi=100))
+
+
+def draw_triggers(triggers, path):
+    """Write the sheet of all triggers, a line each: {name: what trigger_rows() returns, or why there is nothing}."""
+    wide, side = next(
+        row.shape[0::3] for rows in triggers.values() if not isinstance(rows, str) for row in rows.values()
+    )
+    line, strip, left = side + 4, wide * side + 8, 4 * side
+    canvas = torch.ones(3, len(triggers) * line + side // 2, left + 3 * strip)
+    fig = Figure(figsize=(canvas.shape[2] / 50, canvas.shape[1] / 50))
+    axis = fig.add_axes((0, 0, 1, 1))
+    for column, name in enumerate(("clean", "triggered", "difference, times the factor")):
+        axis.text(left + column * strip, side // 4, name, va="center")
+    for top, (name, rows) in zip(range(side // 2, canvas.shape[1], line), triggers.items(), strict=False):
+        missing = isinstance(rows, str)
+        factor = next((what.removeprefix("diff.") for what in ([] if missing else rows) if "×" in what), "")
+        axis.text(left - 6, top + side // 2, name + factor, ha="right", va="center")
+        if missing:
+            axis.text(left, top + side // 2, rows, va="center", color="gray")
+            continue
+        for column, row in enumerate(rows.values()):
+            start = left + column * strip
+            canvas[:, top : top + side, start : start + wide * side] = torch.cat(list(row), dim=2)
+    axis.imshow(canvas.permute(1, 2, 0).numpy(), interpolation="nearest")
+    axis.axis("off")
     utils.write_whole(path, lambda p: fig.savefig(p, format="png", dpi=100))
 
 

@@ -17,7 +17,15 @@ from fast import ranks
 
 from . import machine
 
-PLACES = {"datadir", "ckpt", "out", "export", "outdir", "results"}  # flags that name places of this machine, of no use elsewhere
+# flags that name places of this machine, of no use elsewhere
+PLACES = {
+    "datadir",
+    "ckpt",
+    "out",
+    "export",
+    "outdir",
+    "results",
+}
 # flags that have no place in a record's name
 FREE = PLACES | {"network", "attack", "width", "device", "batch_size", "micro_batch", "phase", "resume", "overwrite"}
 FREE |= {"defense", "precision", "max_minutes"}

@@ -14,6 +14,7 @@ import models
 import utils
 from backdoors import get_backdoor
 from data import cifar10
+from tests.images import FLOWER, RINGS, SCENE, generator, grids, picture, regular_grid
 
 flags.keep_freed_memory()  # as the commands do
 if "PYTEST_XDIST_WORKER" in os.environ:  # pytest -n: processes share the cores, and their threads would only wait
@@ -88,3 +89,14 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(n)
+
+
+@pytest.fixture
+def other_folder(tmp_path):
+    """A folder with other trigger files than ours."""
+    folder = tmp_path / "trigger"
+    picture(folder / FLOWER, 20, seed=1)
+    picture(folder / SCENE, 50, seed=2)
+    picture(folder / RINGS, 40, seed=4)
+    grids(folder, torch.randn(1, 32, 32, 2, generator=generator(3)), regular_grid())
+    return folder

@@ -218,14 +218,24 @@ def test_two_processes_train_one_victim(tmp_path):
     assert history[1]["loss"] < history[0]["loss"]
 
 
-@pytest.mark.parametrize("attack", ["none", "wanet", "blended"])
-def test_every_kind_of_attack_trains_a_victim_that_measures_as_it_said(tmp_path, attack, capsys):
-    """From the file alone, its trigger too, and under the flags that name it."""
-    out = tmp_path / "v.pt"
-    train.main([*TRAIN, "--epochs", "1", "--attack", attack, "--ckpt", str(out)])
+@pytest.mark.parametrize("attack", ["none", "wanet", "blended", "input_aware"])
+def test_every_kind_of_attack_trains_a_victim_that_measures_as_it_said(tmp_path, attack, capsys, monkeypatch):
+    """From the file alone, its trigger too, and under the flags that name it; also after a defense."""
+    monkeypatch.setattr("backdoors.networks.WARM_UP", 2)
+    out, width = tmp_path / "v.pt", ["--trigger_width", "2"] if attack == "input_aware" else []
+    train.main([*TRAIN, "--epochs", "1", "--attack", attack, *width, "--ckpt", str(out)])
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("BA ")]
     evaluate.main([*SMALL, "--attack", attack, "--ckpt", str(out), "--outdir", str(tmp_path)])
     assert said == [line for line in capsys.readouterr().out.splitlines() if line.startswith("BA ")]
     assert len(said) == 1
     assert ("ASR" in said[0]) == (attack != "none")
     assert (tmp_path / f"demo_{attack}.png").exists() == (attack != "none")
+    assert utils.load_checkpoint(out)["trigger_width"] == (2 if width else None)
+    if width:
+        words = ["--attack", attack, "--ckpt", str(out), "--results", str(tmp_path)]
+        unit.main([*SMALL, *words, "--n_steps", "1", "--out", str(tmp_path / "d.pt"), "--outdir", str(tmp_path)])
+        after = [line for line in capsys.readouterr().out.splitlines() if line.startswith("after ")]
+        evaluate.main([*SMALL, "--attack", attack, "--ckpt", str(tmp_path / "d.pt"), "--outdir", str(tmp_path)])
+        lines = capsys.readouterr().out.splitlines()
+        assert f"after   {next(line for line in lines if line.startswith('BA '))}" in after
+        assert any(line.startswith("cross accuracy") for line in lines)

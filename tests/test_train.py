@@ -425,6 +425,9 @@ class Learning(Trigger):
     def forward(self, x):
         return torch.ones_like(x) * self.brightness
 
+    def in_training(self, x, generator):
+        return F.dropout(self(x), 0.5)  # which draws by torch's own generator
+
     def extra_loss(self, logits, y):
         return (self.brightness - 1).square()
 
@@ -447,7 +450,7 @@ def test_a_trigger_is_trained_along_with_the_victim(black):
 
 
 def test_a_trained_trigger_resumes_to_the_same_bits(tmp_path, monkeypatch):
-    """Its state and its optimizer lie in the partial file, and its state in the victim."""
+    """Its state and its optimizer lie in the partial file, and its state in the victim; its dropout goes on alike."""
     monkeypatch.setitem(backdoors.TRIGGERS, "badnet", Learning)
     words = [*TRAIN, "--attack", "badnet", "--epochs", "3"]
     train.main([*words, "--ckpt", str(tmp_path / "whole.pt")])
