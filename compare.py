@@ -21,9 +21,9 @@ import utils
 from support import plots, records
 from support.tables import markdown, percent, put
 
-# the columns of the first table, each a defense with its settings
-COLUMNS = {"none": "no defense", **{name: name.upper() for name in flags.DEFENSES}}
-COLUMNS |= {"unit": "UNIT", "unit,step_images=250": "UNIT, 250 images a step"}
+# the columns of the first table, each a defense with its settings; other runs are listed below it
+COLUMNS = {"none": "no defense", "ft": "FT", "bcu": "BCU", "ulrl": "ULRL", "unit": "UNIT"}
+COLUMNS |= {"unit,step_images=250": "UNIT, 250 images a step"}
 
 
 class Victim:
@@ -196,9 +196,9 @@ def main(argv=None):
     """The command."""
     args = flags.parser("compare.py").parse_args(argv)
     for cell in args.defenses:
-        if cell.partition(",")[0] not in COLUMNS or not all("=" in s for s in cell.split(",")[1:]):
-            known = ", ".join(c for c in COLUMNS if "," not in c)
-            raise flags.InputError(f"no column {cell!r}; write one of {known}, then ,setting=value")
+        known = ("none", *flags.DEFENSES, "unit")
+        if cell.partition(",")[0] not in known or not all("=" in s for s in cell.split(",")[1:]):
+            raise flags.InputError(f"no column {cell!r}; write one of {', '.join(known)}, then ,setting=value")
     victims = all_victims(args)
     if not victims:
         raise flags.InputError("there is nothing to compare; train a victim first: python train.py --attack badnet")
