@@ -30,10 +30,15 @@ def clean():
     return data.load_dataset("cifar10_sample", None, train=True)
 
 
+FEW = {"anp": {"epoch_steps": 2}, "nc": {"search_steps": 2, "search_batch": 10}}  # besides few epochs
+RESUMED = [name for name, module in DEFENSES.items() if module.Config().data_rate]  # the others take no time
+
+
 def short(name, epochs=2):
     """The configuration of a method with few epochs."""
     config = DEFENSES[name].Config()
-    return dataclasses.replace(config, **{k: epochs for k in vars(config) if k.endswith("epochs")})
+    few = {k: epochs for k in vars(config) if k.endswith("epochs")} | FEW.get(name, {})
+    return dataclasses.replace(config, **few)
 
 
 def test_every_defense_is_known_to_the_commands():
@@ -41,7 +46,7 @@ def test_every_defense_is_known_to_the_commands():
     for module in DEFENSES.values():
         config = module.Config()
         assert isinstance(config.uses_labels, bool)
-        assert 0 < config.data_rate <= 1
+        assert 0 <= config.data_rate <= 1
         assert "uses_labels" not in dataclasses.asdict(config)  # no setting
 
 
@@ -50,16 +55,16 @@ def test_same_seed_same_bits_and_the_victim_is_left_alone(name, tiny, clean):
     before = {k: v.clone() for k, v in tiny.state_dict().items()}
     few = clean[0][::5], clean[1][::5]
     a, b, c = (DEFENSES[name].repair(tiny, *few, short(name), seed=s) for s in (1, 1, 2))
-    state_a, state_b, state_c = (r.model.state_dict() for r in (a, b, c))
+    state_a, state_b = (r.model.state_dict() for r in (a, b))
     assert all(torch.equal(state_a[k], state_b[k]) for k in state_a)
     assert a.history == b.history
-    assert not torch.equal(state_a["conv1.weight"], state_c["conv1.weight"])
+    assert a.history != c.history or name == "clp"  # where nothing is drawn
     assert all(torch.equal(v, before[k]) for k, v in tiny.state_dict().items())
     assert not a.model.training
     assert not any(math.isnan(v) for values in a.history.values() for v in values)
 
 
-@pytest.mark.parametrize("name", DEFENSES)
+@pytest.mark.parametrize("name", RESUMED)
 def test_a_repair_goes_on_to_the_same_bits_from_each_epoch(name, tiny, clean):
     few = clean[0][::8], clean[1][::8]
     config, repair = short(name, 3), DEFENSES[name].repair  # with two, no rate would be left to restore
@@ -88,7 +93,7 @@ def test_a_repair_goes_on_to_the_same_bits_from_each_epoch(name, tiny, clean):
         assert all(torch.equal(v, end[k]) for k, v in whole.model.state_dict().items())
 
 
-@pytest.mark.parametrize("name", DEFENSES)
+@pytest.mark.parametrize("name", RESUMED)
 def test_a_state_is_not_moved_by_the_epochs_after_it(name, tiny, clean):
     """What a callback is given may be written later, and a state gone on from twice."""
     few, states = (clean[0][::10], clean[1][::10]), []
@@ -359,7 +364,7 @@ def the_record(tmp_path):
     return json.loads(path.read_text()), path.relative_to(tmp_path / "results").as_posix()
 
 
-@pytest.mark.parametrize(("name", "given"), [("ft", ["--epochs", "1"]), ("bcu", []), ("ulrl", [])])
+@pytest.mark.parametrize(("name", "given"), [(n, ["--epochs", "1"] if n == "ft" else []) for n in RESUMED])
 def test_the_command_saves_what_it_measured(victim_file, tmp_path, capsys, name, given, monkeypatch):
     few = short(name)
     monkeypatch.setattr(DEFENSES[name], "Config", lambda: few)
