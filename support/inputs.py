@@ -20,8 +20,9 @@ from . import foreign
 def class_names(args):
     """Return the classes of the data set that the flags mean. Raises InputError when --target is none of them."""
     names = data.class_names(args.dataset)
-    if args.target != "all" and args.target >= len(names):
-        raise InputError(f"--target {args.target} is no class of {args.dataset}: it has 0 to {len(names) - 1}")
+    target = vars(args).get("target", "all")  # detect.py has none
+    if target != "all" and target >= len(names):
+        raise InputError(f"--target {target} is no class of {args.dataset}: it has 0 to {len(names) - 1}")
     return names
 
 

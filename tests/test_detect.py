@@ -74,7 +74,7 @@ class Corner(nn.Module):
 
 
 def test_the_search_finds_the_pixels_that_a_class_hangs_on(clean):
-    config = inversion.Config(search_batch=20, search_steps=400)
+    config = inversion.Config(search_batch=100, search_steps=400)
     patch, norm = inversion.invert(Corner(), clean[0], 1, config, torch.Generator().manual_seed(0))
     mask, pattern = patch[0], patch[1:]
     assert norm == pytest.approx(mask.sum().item(), rel=1e-5)
