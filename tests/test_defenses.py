@@ -55,10 +55,17 @@ def test_same_seed_same_bits_and_the_victim_is_left_alone(name, tiny, clean):
     before = {k: v.clone() for k, v in tiny.state_dict().items()}
     few = clean[0][::5], clean[1][::5]
     a, b, c = (DEFENSES[name].repair(tiny, *few, short(name), seed=s) for s in (1, 1, 2))
-    state_a, state_b = (r.model.state_dict() for r in (a, b))
+    state_a, state_b, state_c = (r.model.state_dict() for r in (a, b, c))
     assert all(torch.equal(state_a[k], state_b[k]) for k in state_a)
     assert a.history == b.history
-    assert a.history != c.history or name == "clp"  # where nothing is drawn
+    if name in (
+        "anp",
+        "rnp",
+        "nc",
+    ):  # which prune, or leave an unsuspected network as it is: the weights may be the same
+        assert a.history != c.history
+    elif name != "clp":  # where nothing is drawn
+        assert not torch.equal(state_a["conv1.weight"], state_c["conv1.weight"])
     assert all(torch.equal(v, before[k]) for k, v in tiny.state_dict().items())
     assert not a.model.training
     assert not any(math.isnan(v) for values in a.history.values() for v in values)
