@@ -5,7 +5,6 @@ as accuracy holds, and the rest is fine-tuned.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import nn
@@ -20,22 +19,12 @@ from .pruning import accuracy, held_out
 
 
 @dataclass(frozen=True)
-class Config:
-    """The constants of fine-pruning."""
+class Config(finetune.Config):
+    """The constants of fine-pruning: those of pruning, and of fine-tuning after it."""
 
-    uses_labels: ClassVar[bool] = True
-    data_rate: float = 0.05  # share of the training set that is clean data
     step: float = 6 / 512  # share of the features that is pruned at a time, one feature at least
     max_drop: float = 0.10  # of the victim's accuracy on the images held out, as a share of it; pruning ends before
     valid_share: float = 0.2  # of the clean images, held out for that
-    # fine-tuning
-    lr: float = 0.01
-    cosine: bool = True  # along which the rate falls
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
-    epochs: int = 100
-    batch_size: int = 256
-    flip: bool = True  # whether augmentation mirrors the images
 
 
 @torch.no_grad()

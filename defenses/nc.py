@@ -5,7 +5,6 @@ patch is abnormally small, it is taken for the trigger: stamped on images with t
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 
@@ -17,19 +16,10 @@ from .common import Repaired
 
 
 @dataclass(frozen=True)
-class Config(inversion.Config):
-    """The constants of NC: those of the search, and of unlearning."""
+class Config(inversion.Config, finetune.Config):
+    """The constants of NC: those of the search, and of unlearning by fine-tuning."""
 
-    uses_labels: ClassVar[bool] = True
-    data_rate: float = 0.05  # share of the training set that is clean data
     stamped_share: float = 0.2  # of the clean images; they are stamped once per suspicious class
-    lr: float = 0.01
-    cosine: bool = True  # along which the rate falls
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
-    epochs: int = 100
-    batch_size: int = 256
-    flip: bool = True  # whether augmentation mirrors the images
 
 
 def stamped_set(images, labels, patches, share, seed):

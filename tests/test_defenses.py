@@ -12,6 +12,7 @@ import math
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import data
@@ -110,6 +111,23 @@ def test_a_state_is_not_moved_by_the_epochs_after_it(name, tiny, clean):
     assert all(torch.equal(v, ends[1][k]) for k, v in ends[0].items())
     ends.append(DEFENSES[name].repair(tiny, *few, short(name), 1, state=kept).model.state_dict())
     assert all(torch.equal(v, ends[2][k]) for k, v in ends[0].items())
+
+
+def test_fine_tuning_is_sgd_whose_rate_falls_along_a_cosine(tiny, clean, monkeypatch):
+    """Three epochs of one batch, without augmentation: rates .01, .0075 and .0025."""
+    monkeypatch.setattr(data, "augment", lambda x, generator, flip: x)
+    x, y = clean[0][::5], clean[1][::5]
+    end = finetune.repair(tiny, x, y, finetune.Config(epochs=3)).model.state_dict()
+    net = copy.deepcopy(tiny).train()
+    velocity = [torch.zeros_like(p) for p in net.parameters()]
+    for rate in (0.01, 0.0075, 0.0025):
+        slopes = torch.autograd.grad(F.cross_entropy(net(data.to_float(x)), y), list(net.parameters()))
+        with torch.no_grad():
+            for p, v, slope in zip(net.parameters(), velocity, slopes, strict=True):
+                v.mul_(0.9).add_(slope + 5e-4 * p)
+                p -= rate * v
+    for name, value in net.state_dict().items():
+        torch.testing.assert_close(end[name], value, rtol=1e-3, atol=1e-4, msg=name)
 
 
 def test_fine_tuning_fits_the_clean_images(tiny, clean):
