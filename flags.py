@@ -193,6 +193,12 @@ def _resume(p):
     p.add_argument("--resume", default=True, action=argparse.BooleanOptionalAction, help="go on after a cut-off run")
 
 
+def _trigger_of(p):
+    p.add_argument(
+        "--trigger_of", metavar="VICTIM", help="checkpoint that holds the trigger (default: the network's own)"
+    )
+
+
 def _results(p):
     p.add_argument("--results", default=str(RESULTS), help="folder of the records")
 
@@ -236,6 +242,7 @@ def _unit(p):
 def _evaluate(p):
     _common(p)
     p.add_argument("--ckpt", help="victim or defended model (default: the victim of --network and --attack)")
+    _trigger_of(p)
     p.add_argument("--activations", action="store_true", help="also what the trigger does inside: table and picture")
     p.add_argument("--outdir", default=".", help="folder of the picture")
 
@@ -272,6 +279,7 @@ def _defend(p):
     _resume(p)
     p.add_argument("--overwrite", action="store_true", help="dbd: train again although the result lies there already")
     _victim(p)
+    _trigger_of(p)
     p.add_argument("--out", help="where to save (default: ckpt/{dataset}_{network}_{attack}_{defense}.pt)")
     _results(p)
 

@@ -72,10 +72,12 @@ def load_victim(args, device):
     """Return (path, model, checkpoint, backdoor) that the flags mean; say where file and flags differ."""
     path, model, checkpoint = load_network(args, device)
     target = foreign.target_of(checkpoint) if args.attack == "file" else args.target
-    backdoor = load_trigger(args.attack, checkpoint, device, args.size)
-    not_its_own = checkpoint["trigger"] is None or checkpoint["attack"] != args.attack
+    source = trigger_source(args, checkpoint)
+    backdoor = load_trigger(args.attack, source, device, args.size)
+    not_its_own = source["trigger"] is None or source["attack"] != args.attack
     if not_its_own and backdoor is not None and backdoor.width is not None:
-        raise InputError(f"the trigger of {args.attack} is learned for its victim, and {path} holds none; give another")
+        learned = f"the trigger of {args.attack} is learned for its victim, and {path} holds none"
+        raise InputError(f"{learned}; give another, or a victim that holds one by --trigger_of")
     if args.target == "all" and backdoor is not None and not (backdoor.relabel and backdoor.all_to_all):
         raise InputError(f"{args.attack} cannot send each class to the next; give --target a class")
     notes = []
@@ -87,13 +89,25 @@ def load_victim(args, device):
         same = flag == "dataset" and {trained, now} == {"cifar10", "cifar10_sample"}
         if trained not in (None, now) and not same and (args.attack != "none" or flag == "dataset"):
             notes.append(f"{path} was trained with {flag} {trained}, measured with {now}")
-    if backdoor is not None and checkpoint["attack"] is None and checkpoint["trigger"] is None:
+    if backdoor is not None and checkpoint["attack"] is None and source["trigger"] is None:
         notes.append(
             f"{path} brings no trigger: ASR is that of the {args.attack} here, which may be another than its own"
         )
     if ranks.ranks()[0] == 0:
         print("".join(f"note: {note}\n" for note in notes), end="")
     return path, model, checkpoint, backdoor
+
+
+def trigger_source(args, checkpoint):
+    """Return the checkpoint that holds the trigger: that of --trigger_of, else the given one, the model's own."""
+    path = vars(args).get("trigger_of")
+    if path is None:
+        return checkpoint
+    source = utils.load_checkpoint(path)
+    if source["trigger"] is None or source["attack"] != args.attack:
+        held = f"one of {source['attack']}" if source["trigger"] is not None else "none"
+        raise InputError(f"--trigger_of {path} holds no trigger of {args.attack}, but {held}; give --attack or another")
+    return source
 
 
 def check_victim(path, checkpoint, out):

@@ -48,6 +48,8 @@ def path_of(defense, args, victim):
 def _settings(args):
     """Return the flags of a command but for places of this machine; of a user's own folder or file the last name."""
     settings = {k: v for k, v in vars(args).items() if k not in PLACES}
+    if settings.get("trigger_of"):
+        settings["trigger_of"] = Path(settings["trigger_of"]).stem
     return settings | {k: utils.file_tag(settings[k]) for k in ("dataset", "attack") if k in settings}
 
 

@@ -265,3 +265,27 @@ def test_every_trigger_fits_a_size_or_says_what_does(attack, size):
 def test_a_trigger_of_another_size_is_refused(victim_file, tmp_path):
     with pytest.raises(InputError, match="32x32; give --size 32"):
         evaluate.main([*SMALL, "--ckpt", str(victim_file), "--size", "64"])
+
+
+# --- the trigger of another file --------------------------------------------------------------------------------------
+
+
+def test_a_learned_trigger_is_taken_from_the_victim_that_holds_it(victim_file, tmp_path):
+    torch.manual_seed(0)
+    trigger = get_backdoor("lira", width=4)
+    for p in trigger.parameters():
+        p.data.normal_()  # as no fresh trigger is
+    held = {"attack": "lira", "trigger": trigger.state_dict(), "trigger_width": 4}
+    holder = tmp_path / "lira.pt"
+    utils.save_checkpoint({**utils.load_checkpoint(victim_file), **held}, holder)
+
+    def load(*words):
+        args = flags.parser("evaluate.py").parse_args([*SMALL, "--ckpt", str(victim_file), *words])
+        return inputs.load_victim(args, torch.device("cpu"))[-1]
+
+    x = torch.rand(3, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(load("--attack", "lira", "--trigger_of", str(holder))(x), trigger.eval()(x))
+    refused(lambda: load("--attack", "lira"), "or a victim that holds one by --trigger_of")
+    refused(lambda: load("--attack", "wanet", "--trigger_of", str(holder)), "no trigger of wanet, but one of lira")
+    refused(lambda: load("--attack", "lira", "--trigger_of", str(tmp_path / "no.pt")), "no checkpoint")
