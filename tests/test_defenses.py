@@ -32,7 +32,11 @@ def clean():
 
 
 # besides few epochs
-FEW = {"anp": {"epoch_steps": 2}, "nc": {"search_steps": 2, "search_batch": 10}, "i_bau": {"terms": 2}}
+FEW = {
+    "anp": {"epoch_steps": 2, "batch_size": 20},
+    "nc": {"search_steps": 2, "search_batch": 10},
+    "i_bau": {"terms": 2},
+}
 RESUMED = [name for name, module in DEFENSES.items() if module.Config().data_rate]  # the others take no time
 
 
@@ -55,7 +59,7 @@ def test_every_defense_is_known_to_the_commands():
 @pytest.mark.parametrize("name", DEFENSES)
 def test_same_seed_same_bits_and_the_victim_is_left_alone(name, tiny, clean):
     before = {k: v.clone() for k, v in tiny.state_dict().items()}
-    few = clean[0][::5], clean[1][::5]
+    few = clean[0][::10], clean[1][::10]
     a, b, c = (DEFENSES[name].repair(tiny, *few, short(name), seed=s) for s in (1, 1, 2))
     state_a, state_b, state_c = (r.model.state_dict() for r in (a, b, c))
     assert all(torch.equal(state_a[k], state_b[k]) for k in state_a)
@@ -76,7 +80,7 @@ def test_same_seed_same_bits_and_the_victim_is_left_alone(name, tiny, clean):
 @pytest.mark.parametrize("name", RESUMED)
 def test_a_repair_goes_on_to_the_same_bits_from_each_epoch(name, tiny, clean):
     """Also twice from one state, and although the epochs after it went on before it was written."""
-    few = clean[0][::8], clean[1][::8]
+    few = clean[0][::16], clean[1][::16]
     config, repair = short(name, 3), DEFENSES[name].repair  # with two, no rate would be left to restore
     states, figures = [], []
 
