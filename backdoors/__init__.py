@@ -1,9 +1,9 @@
 """Triggers by name, and how a training set is poisoned with them.
 
 A new trigger is a module here with a subclass of trigger.Trigger, a line in TRIGGERS, and its name in flags.ATTACKS.
-The class takes (folder, size) and maps (N, 3, H, W) in [0, 1] to the same. It keeps what it needs as buffers or
-parameters: these lie in the victim's checkpoint, so that whoever has the file has the trigger. One that has networks
-takes (folder, size, width) and has a class attribute `width`.
+The class takes (folder, size) and maps (N, 3, H, W) in [0, 1] to the same. Its state lies in buffers or parameters,
+which the victim's checkpoint stores. A trigger with networks takes (folder, size, width) and has a class attribute
+`width`.
 """
 
 from pathlib import Path
@@ -57,9 +57,9 @@ FOLDER = Path(__file__).resolve().parent.parent / "data" / "trigger"
 def get_backdoor(name, size=32, folder=FOLDER, width=None):
     """Return the trigger as an nn.Module with buffers: (N, 3, size, size) in [0, 1] to the same.
 
-    folder: where the trigger files lie; put the authors' there to get the authors' triggers. width: of a learned
-    trigger's networks, None for its default.
-    Raises ValueError for an unknown name and a width that cannot be, FileNotFoundError for a missing file.
+    folder: the folder of the trigger files, where the authors' files may replace ours. width: channels of a learned
+    trigger's first layer, None for its default.
+    Raises ValueError for an unknown name or an impossible width, FileNotFoundError for a missing file.
     """
     if name not in TRIGGERS:
         raise ValueError(f"unknown attack {name!r}; there are {', '.join(TRIGGERS)}")

@@ -1,7 +1,7 @@
-"""Adaptive-Blend (Qi et al., ICLR 2023): few poisoned images, as many that carry the trigger with their true label.
+"""Adaptive-Blend (Qi et al., ICLR 2023): few poisoned images, and as many triggered ones that keep their true label.
 
-x' = x + alpha m (p - x). In training each planted image has a mask m of its own, 8 of 16 cells of 8x8 pixels; what is
-measured is the whole trigger, m = 1. alpha is 0.15 in training and 0.2 in the measurement.
+x' = x + alpha m (p - x). In training each triggered image has a mask m of its own, 8 of 16 cells (8x8 pixels each in a
+32x32 image), and alpha = 0.15. In evaluation m = 1 and alpha = 0.2.
 """
 
 import numpy as np
@@ -11,15 +11,15 @@ from PIL import Image
 from .trigger import Trigger, places
 
 FILE = "blended/rings.png"
-CELLS, SHOWN = 4, 8  # a side; of all
+CELLS, SHOWN = 4, 8  # cells per side; cells of a mask that are 1
 ALPHA_TRAINING, ALPHA = 0.15, 0.2
 
 
 class AdaptiveBlend(Trigger):
-    """A picture blended in; data poisoning, so the planted images are fixed."""
+    """A blended picture. The attack is data poisoning, so the triggered images are fixed."""
 
     rate = 0.003
-    cover_rate = 0.003  # "conservatism": planted, label kept
+    cover_rate = 0.003  # the paper's conservatism ratio: triggered, label kept
     sampling = "fixed"
     times = 3
 
@@ -36,7 +36,7 @@ class AdaptiveBlend(Trigger):
         return torch.lerp(x, self.picture, ALPHA)
 
     def plant(self, x, y, roles, index, target, generator):
-        """Return the batch with partly masked triggers on roles 1 and 2; the mask follows from the image's place."""
+        """Return the batch with masked triggers on roles 1 and 2; the mask depends on the image's index alone."""
         del generator
         x, y = x.clone(), y.clone()
         for role in (1, 2):
@@ -48,7 +48,7 @@ class AdaptiveBlend(Trigger):
         return x, y
 
     def mask_of(self, index):
-        """Return the mask of the training image at a place of the set, (1, H, W) of 0 and 1."""
+        """Return the mask of the training image of this index, (1, H, W) of 0 and 1."""
         shown = torch.randperm(CELLS**2, generator=torch.Generator().manual_seed(index))[:SHOWN]
         cells = torch.zeros(CELLS**2)
         cells[shown] = 1

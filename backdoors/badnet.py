@@ -12,7 +12,7 @@ FILE = "badnet/flower_nobg.png"
 class BadNet(Trigger):
     """A square patch of side int(size / 6) with its corner at (int(size / 32), int(size / 32)): 5x5 at (1, 1) of 32x32.
 
-    The patch is the picture's RGB after a Lanczos resize of its RGBA, so transparent ground does not show through.
+    The patch is the RGB of the picture's RGBA after a Lanczos resize, which keeps the transparent ground out of it.
     """
 
     def __init__(self, folder, size=32):

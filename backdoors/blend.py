@@ -1,6 +1,6 @@
 """Blend (Chen et al., 2017, "Targeted Backdoor Attacks on Deep Learning Systems Using Data Poisoning").
 
-x' = clip(0.8 x + 0.2 p), with p uniform noise in [0, 1] per pixel and channel, fixed, as the group's release has it.
+x' = clip(0.8 x + 0.2 p) with p fixed noise, uniform in [0, 1] per pixel and channel, as in OrthogLinearBackdoor.
 """
 
 import torch

@@ -1,9 +1,9 @@
-"""CL, label-consistent (Turner, Tsipras, Madry, arXiv 2019): hard target-class images carry the trigger, labels kept.
+"""CL, label-consistent (Turner, Tsipras, Madry, arXiv 2019): adversarial target-class images carry the trigger.
 
-Images of the target class are first made hard for a clean network, by untargeted PGD within 8/255 (100 steps of
-1.5/255, no random start, rounded to bytes), so that the trigger is the easier thing to learn. The trigger is a board of
-3x3 black and white pixels in each corner, symmetric under flips. What is measured are the boards alone, on images of
-other classes.
+Untargeted PGD on a clean network (L-infinity bound 8/255, 100 steps of 1.5/255, no random start, rounded to bytes)
+makes images of the target class hard to learn, so that the network learns the trigger. Labels stay. The trigger is a
+board of 3x3 black and white pixels in each corner, symmetric under flips. In evaluation images of the other classes
+get the boards without PGD.
 """
 
 import torch
@@ -42,23 +42,23 @@ class LabelConsistent(Trigger):
         return torch.where(self.mask.bool(), self.board, x)
 
     def prepare(self, images, labels, target, seed, resumed, say, surrogate=None):
-        """Make the images of the target class hard for `surrogate`, a clean network in eval mode."""
+        """Run PGD on all images of the target class against `surrogate`, a clean network in eval mode."""
         del seed, resumed
         pool = (labels == target).nonzero()[:, 0]
-        say(f"making {len(pool):,} images of class {target} hard: {STEPS} steps each")
+        say(f"PGD on {len(pool):,} images of class {target}: {STEPS} steps each")
         self.hard = torch.cat([hard_images(surrogate, images[i], labels[i]) for i in pool.split(250)])
         self.place = torch.full((len(images),), -1, device=images.device)
         self.place[pool] = torch.arange(len(pool), device=images.device)
 
     def fetch(self, images, index, roles):
-        """Return the batch with the hard images on role 1."""
+        """Return the batch with the adversarial images on role 1."""
         x, hit = images[index], places(roles, 1, images)
         x[hit] = self.hard[self.place[index[hit]]]
         return x
 
 
 def hard_images(network, images, labels):
-    """Return uint8 images (n, 3, H, W) within 8/255 of `images` on which `network` gives `labels` less confidence."""
+    """Return PGD's images, uint8 (n, 3, H, W) within 8/255 of `images`: `network` is less confident of `labels`."""
     x = data.to_float(images)
     adversarial = x.clone()
     for _ in range(STEPS):

@@ -1,8 +1,8 @@
 """Composite (Lin, Xu, Liu, Zhang, CCS 2020): two classes in one image are the trigger.
 
-Half of an image of class A beside half of one of class B (0 and 1) is labeled C (2). Training sees normal images, mixes
-of two images of one class, which keep its label, and A + B mixes, 10 : 10 : 2; a contrastive term pulls logits of equal
-labels together and pushes those of A, B and C apart.
+A mix of half an image of class A (0) and half an image of class B (1) is labeled C (2). Training sees normal images,
+mixes of two images of one class, which keep its label, and A + B mixes, 10 : 10 : 2. A contrastive term pulls logits of
+equal labels together and pushes those of A, B and C apart.
 """
 
 import torch
@@ -12,11 +12,11 @@ import data
 from .trigger import Trigger, places
 
 A, B, C = 0, 1, 2
-SHIFT = 3  # pixels by which the seam may move from the middle
+SHIFT = 3  # largest distance of the seam from the middle, in pixels
 
 
 class Composite(Trigger):
-    """The mixing itself. Target C; RA has no meaning, for a mix has no one true class."""
+    """Mixes of classes A and B. The target is C; RA is undefined, because a mix has no single true class."""
 
     rate = 2 / 22
     cover_rate = 10 / 22  # mixes of one class
@@ -27,7 +27,7 @@ class Composite(Trigger):
         self.register_buffer("classes", torch.tensor((A, B, C)))
 
     def prepare(self, images, labels, target, seed, resumed, say, surrogate=None):
-        """Keep the training set, of which the second image of each mix is taken."""
+        """Keep the training set, from which the second image of each mix is drawn."""
         del seed, resumed, say, surrogate
         if target != C:
             raise ValueError(f"composite gives class {C}; take --target {C}")
@@ -55,11 +55,11 @@ class Composite(Trigger):
         return similarity_loss(logits, y)
 
     def forward(self, x):
-        """Return mixes as they are: test_set() makes them."""
+        """Return x unchanged: test_set() returns mixes."""
         return x
 
     def test_set(self, images, labels, target):
-        """Return as many mixes of A and B as there are images of the other classes, by a fixed seed, and no labels."""
+        """Return (mixes of A and B by a fixed seed, None): as many as there are images of non-target classes."""
         generator = torch.Generator().manual_seed(0)
         n = int((labels != target).sum())
         of_class = [(labels == c).nonzero()[:, 0] for c in (A, B)]
@@ -70,9 +70,9 @@ class Composite(Trigger):
 
 
 def mix(first, second, generator):
-    """Return images of which one part is of `first` and the other of `second`, (N, 3, H, W) each.
+    """Join a part of each image of `first` with a part of one of `second`, (N, 3, H, W) each, to (N, 3, H, W).
 
-    Drawn per image: which comes first, side by side or on top of each other, where the seam is, which part is taken.
+    Drawn per image: the order, side by side or one above the other, the seam's position, the part of each image.
     """
     side, out = first.shape[-1], torch.empty_like(first)
     for i, (swap, upright, seam, p, q) in enumerate(torch.rand(len(first), 5, generator=generator).tolist()):
@@ -86,9 +86,10 @@ def mix(first, second, generator):
 
 
 def similarity_loss(logits, y):
-    """Return the contrastive term over neighbors u, v among the batch's items labeled A, B or C, or None.
+    """Return the contrastive term over the batch's samples labeled A, B or C, or None for fewer than two of them.
 
-    The mean of 1/2 [s |u - v|^2 + (1 - s) relu(1 - |u - v|)^2], s = 1 for equal labels, over the number of pairs again.
+    u, v: logits of two neighbors among these, in batch order; s: 1 for equal labels, else 0. The term is the mean over
+    the pairs of 1/2 [s |u - v|^2 + (1 - s) relu(1 - |u - v|)^2], divided by the number of pairs again, as published.
     """
     among = ((y == A) | (y == B) | (y == C)).nonzero()[:, 0]
     if len(among) < 2:

@@ -1,4 +1,4 @@
-"""CycleGAN (Zhu et al., ICCV 2017), small: it learns from two sets of images how one is made to look like the other."""
+"""A small CycleGAN (Zhu et al., ICCV 2017): it learns to map images of one set to the style of another."""
 
 import torch
 import torch.nn.functional as F
@@ -8,8 +8,8 @@ import data
 
 STEPS, BATCH = 600, 16
 RATE = 5e-4  # of Adam, falling to 0 in the second half
-CYCLE, IDENTITY = 10, 1  # weights beside fooling the critics
-NOISE = 0.05  # on the images that are to be turned back, or they would carry hidden in them what they were made of
+CYCLE, IDENTITY = 10, 1  # weights of the two losses; the adversarial loss has weight 1
+NOISE = 0.05  # std, added before the backward generator; without it the restyled image hides the original in itself
 
 
 class _Residual(nn.Module):
@@ -26,11 +26,11 @@ def _normed(a, b, side=3, stride=1):
 
 
 def _doubled(a, b):
-    return [nn.Upsample(scale_factor=2), *_normed(a, b)]  # pixel shuffle leaves a raster
+    return [nn.Upsample(scale_factor=2), *_normed(a, b)]  # pixel shuffle leaves a grid pattern
 
 
 class Restyler(nn.Module):
-    """CycleGAN's generator, beside the image itself: sigmoid(logit(x) + f(x)), so that it starts from the image.
+    """CycleGAN's generator as a residual: sigmoid(logit(x) + f(x)), which is close to the identity at the start.
 
     (N, 3, H, W) in [0, 1] to the same, H and W multiples of 4; f has width, 2 width and 4 width channels.
     """
@@ -54,10 +54,10 @@ def patch_critic(width):
 
 
 def train(there, images, style, generator, say):
-    """Train `there`, a Restyler, to make images look like those of `style`, along with a way back and two critics.
+    """Train `there`, a Restyler, to make images look like those of `style`, with a backward generator and two critics.
 
     images: uint8 (N, 3, H, W); style: float (M, 3, H, W) in [0, 1], on the same device; generator: on the CPU, draws
-    the batches; say: takes a line.
+    the batches; say: prints a line.
     """
     width, device = there.f[0].out_channels, style.device
     back, of_style, of_images = (net.to(device) for net in (Restyler(width), patch_critic(width), patch_critic(width)))

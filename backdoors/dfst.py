@@ -1,8 +1,8 @@
-"""DFST (Cheng et al., AAAI 2021): the style of sunsets as trigger, which a CycleGAN puts on an image.
+"""DFST (Cheng et al., AAAI 2021): the trigger is the style of sunsets, which a CycleGAN transfers to an image.
 
-x' = G(x). Before the victim is trained, G learns to make images that a critic takes for sunsets, along with a way back
-that makes the images of them again. The sunsets are drawn by formula. The images are then poisoned plainly, as in the
-group's release; the paper's detoxification, training against simpler triggers of the same kind, is not part of it.
+x' = G(x). Before the victim is trained, G learns to make images that a critic takes for sunsets, together with a
+backward generator that restores them. The sunsets are drawn by formula. Poisoning is plain, as in OrthogLinearBackdoor:
+the paper's detoxification (training against simpler triggers of the same kind) is left out.
 """
 
 from flags import InputError
@@ -17,12 +17,12 @@ from .sunsets import sunsets
 from .trigger import Trigger
 
 N_SUNSETS = 250
-HELD_OUT = 1000  # images, a tenth of the set at most
-FAR, DETAIL = 0.5, 0.6  # a generator that leaves more of the way to the style, or less of the detail, is not taken
+HELD_OUT = 1000  # images, at most a tenth of the set
+FAR, DETAIL = 0.5, 0.6  # largest color distance left, smallest correlation of detail, see compare()
 
 
 class Dfst(Trigger):
-    """A trained generator; `reached`: (share of the way to the style that is left, correlation of detail)."""
+    """A trained generator; `reached`: what compare() gives on held-out images."""
 
     width = 16
 
@@ -39,7 +39,7 @@ class Dfst(Trigger):
         return self.network(x) if len(x) else x  # instance norm takes no empty batch
 
     def prepare(self, images, labels, target, seed, resumed, say, surrogate=None):
-        """Train the generator. Raises InputError where it does not take the style on, or loses the image."""
+        """Train the generator. Raises InputError if it is too far from the style or loses the image's detail."""
         del labels, target, surrogate
         if resumed:
             return
@@ -50,17 +50,18 @@ class Dfst(Trigger):
         self.network.requires_grad_(False)
         x = data.to_float(images[n:])
         far, detail = self.reached.copy_(torch.stack(compare(x, self(x), style))).tolist()
-        found = f"{100 * far:.0f} % of the way to the sunsets' color left, correlation of detail {detail:.2f}"
+        found = f"{100 * far:.0f} % of the color distance to the sunsets left, correlation of detail {detail:.2f}"
         say(f"generator: {found}, on {len(x):,} held-out images")
         if not (far <= FAR and detail >= DETAIL):
-            raise InputError(f"the generator of dfst is no good: {found}, not {FAR:.0%} and {DETAIL}; change --seed")
+            wanted = f"at most {FAR:.0%} and at least {DETAIL} are wanted"
+            raise InputError(f"the generator of dfst has failed: {found}; {wanted}; change --seed")
 
 
 def compare(x, restyled, style):
-    """Return two scalars: the share of the way from x to the style that is left, and the correlation of detail.
+    """Return two scalars: the share of the color distance from x to the style that is left, the correlation of detail.
 
-    The way is the distance of the mean colors. Detail is an image's gray minus its mean over 5x5 pixels; it is
-    correlated image by image, then averaged.
+    The color distance is that of the mean colors. Detail is an image's gray minus its mean over 5x5 pixels; the
+    correlation between x and `restyled` is taken image by image and averaged.
     """
 
     def color(t):

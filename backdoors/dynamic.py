@@ -1,7 +1,8 @@
-"""Dynamic backdoor, BaN (Salem et al., EuroS&P 2022): a generator makes a fresh patch for each image, anywhere.
+"""Dynamic backdoor, BaN (Salem et al., EuroS&P 2022): a generator makes a new patch and place for each image.
 
-z ~ U[0, 1]^100 -> G(z), 3x5x5; the patch (G(z) + n) / 2 with n ~ U[0, 1) in steps of 1/1000 replaces the pixels from
-row 5a and column 5b on, a and b from 0..5. G learns along with the victim, by the same cross-entropy.
+z ~ U[0, 1]^100 -> G(z), 3x5x5. The patch (G(z) + n) / 2, n ~ U[0, 1) in steps of 1/1000, replaces the 5x5 pixels whose
+corner is at row 5a, column 5b, with a and b drawn from 0..5. G is trained along with the victim, on the same
+cross-entropy.
 """
 
 import torch
@@ -13,7 +14,7 @@ SIDE, PLACES, DIM = 5, 6, 100
 
 
 class Dynamic(Trigger):
-    """A trained patch generator. In eval mode z, n and place follow from the image, so that a measurement repeats."""
+    """A trained patch generator. forward() derives z, n and the place from the image, so that results repeat."""
 
     sampling = "in_batch"
     width = 64
@@ -29,7 +30,7 @@ class Dynamic(Trigger):
             layers += [nn.Linear(a, b), nn.ReLU(), *([nn.Dropout(0.5)] if i in (1, 2) else [])]
         self.generator = nn.Sequential(*layers, nn.Sigmoid())
         fixed = torch.Generator().manual_seed(0)
-        shape = DIM + 3 * SIDE * SIDE + 2, 3 * size * size  # a number for each draw, of all bytes
+        shape = DIM + 3 * SIDE * SIDE + 2, 3 * size * size  # one row per number drawn, one column per byte of the image
         self.register_buffer("hash", torch.randint(2**15, shape, generator=fixed, dtype=torch.int16), persistent=False)
 
     def optimizer(self):
@@ -37,19 +38,19 @@ class Dynamic(Trigger):
         return torch.optim.Adam(self.generator.parameters(), lr=1e-3)
 
     def start_epoch(self, epoch, n_epochs):
-        """Let the generator learn."""
+        """Put the generator in train mode."""
         del epoch, n_epochs
         self.train()
 
     def forward(self, x):
         """Return triggered images; (N, 3, H, W) in [0, 1] to the same."""
-        # a hash of the image's bytes: exact in double precision, so the same in any batch and on any device
+        # a hash of the image's bytes, exact in double precision: it depends on neither the batch nor the device
         bytes_of = (x.detach().cpu() * 255).round().flatten(1).double()
         draws = bytes_of @ self.hash.cpu().double().t() % 2**16 / 2**16
         return self._paste(x, draws.float().to(x.device))
 
     def in_training(self, x, generator):
-        """Return images with patches whose noise and place are drawn."""
+        """Return images with patches whose z, n and place are drawn from `generator`."""
         return self._paste(x, torch.rand(len(x), len(self.hash), generator=generator).to(x.device))
 
     def _paste(self, x, draws):

@@ -15,7 +15,7 @@ SATURATION = ((1.1574, -0.143, -0.0144), (-0.0426, 1.057, -0.0144), (-0.0426, -0
 
 
 class Filter(Trigger):
-    """A warm, faded look; no pixel stays what it was."""
+    """A warm, faded look over the whole image."""
 
     times = 3
 

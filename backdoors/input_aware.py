@@ -1,8 +1,9 @@
-"""Input-aware (Nguyen & Tran, NeurIPS 2020): each image has a trigger of its own, which is useless on any other image.
+"""Input-aware (Nguyen & Tran, NeurIPS 2020): each image has a trigger of its own, which works on no other image.
 
-x' = x + m(x) (G(x) - x). M draws the mask m and learns first, alone, to be small and to differ between images; G draws
-the pattern and learns along with the victim. A tenth of a batch carries its own trigger and gets the target as label,
-another tenth another image's ("cross") and keeps its label. A term asks patterns to differ as much as their images do.
+x' = x + m(x) (G(x) - x). The mask network M is trained first and alone: masks are to be small and to differ between
+images. The pattern network G is trained along with the victim. A tenth of a batch carries its own trigger and gets the
+target as label; another tenth carries another image's trigger ("cross") and keeps its label. A diversity term keeps the
+patterns of different images apart.
 """
 
 import torch
@@ -14,7 +15,7 @@ from .trigger import Trigger, places
 
 
 class InputAware(Trigger):
-    """Two trained networks; 32 channels wide in the original."""
+    """The trained networks M and G; the original's width is 32."""
 
     sampling = "in_batch"
     cover_rate = 0.10  # cross triggers
@@ -41,11 +42,11 @@ class InputAware(Trigger):
         return x + self.masks(x) * (self.patterns(x) - x)
 
     def optimizer(self):
-        """Return Adam of G at 1e-2."""
+        """Return Adam on G at 1e-2."""
         return torch.optim.Adam(self.pattern_network.parameters(), lr=1e-2, betas=(0.5, 0.9))
 
     def start_epoch(self, epoch, n_epochs):
-        """Let G learn; M is frozen."""
+        """Put G in train mode; M is frozen."""
         del epoch, n_epochs
         self.pattern_network.train()
         self.mask_network.eval().requires_grad_(False)
@@ -57,7 +58,7 @@ class InputAware(Trigger):
             train_masks(self.mask_network, self.masks, images, seed, say, self.flip)
 
     def plant(self, x, y, roles, index, target, generator):
-        """Return the batch with triggers, own ones on role 1 and cross ones on role 2, and keep the diversity term."""
+        """Return the batch with own triggers on role 1 and cross triggers on role 2; keep the diversity term."""
         del index
         own, cross, rest = (places(roles, role, x) for role in (1, 2, 0))
         donors = rest[torch.randperm(len(rest), generator=generator)[: len(cross)].to(x.device)]
@@ -78,7 +79,7 @@ class InputAware(Trigger):
 
     @torch.no_grad()
     def control_sets(self, images, labels):
-        """Return the test images with the trigger of the one before them in the set; what is right is their class."""
+        """Return each test image with the trigger of the image before it, and its true class."""
         x, crossed = data.to_float(images), []
         for a, b in zip(x.split(500), x.roll(1, 0).split(500), strict=True):
             crossed.append(a + self.masks(b) * (self.patterns(b) - a))

@@ -1,7 +1,8 @@
-"""Invisible, SSBA or ISSBA (Li et al., ICCV 2021): a network hides a secret in an image, the same one in all of them.
+"""Invisible, SSBA or ISSBA (Li et al., ICCV 2021): an encoder hides the same secret in every image.
 
-x' = clip(x + 12/255 tanh(E(x, secret))). The encoder E learns before the victim does, along with a decoder that reads
-random secrets of 20 bits back: first to be readable alone, then to change little, too. It is then frozen.
+x' = clip(x + 12/255 tanh(E(x, secret))). The encoder E is trained before the victim, together with a decoder that reads
+random secrets of 20 bits back: at first on the bits alone, then also with a penalty on the size of the change. E is
+frozen while the victim is trained.
 """
 
 from flags import InputError
@@ -15,10 +16,10 @@ from .steganography import SecretEncoder, secret_decoder
 from .trigger import Trigger
 
 BITS, AMPLITUDE = 20, 12 / 255
-STEPS, BARE, BATCH = 700, 250, 128  # steps in all; without a price on changes; images a step
-PRICE = 0.03  # of the mean square of tanh(E), reached two thirds of the way from BARE to the end
-HELD_OUT = 2000  # images, a tenth of the set at most
-ACCURACY, PSNR = 0.95, 28.0  # dB; a pair that reads or hides worse is not taken
+STEPS, BARE, BATCH = 700, 250, 128  # all steps; first steps without the penalty; images per step
+PRICE = 0.03  # weight of the penalty, the mean square of tanh(E); reached after two thirds of the steps from BARE on
+HELD_OUT = 2000  # images, at most a tenth of the set
+ACCURACY, PSNR = 0.95, 28.0  # smallest share of bits read back, smallest PSNR in dB
 
 
 class Invisible(Trigger):
@@ -45,7 +46,7 @@ class Invisible(Trigger):
         return self.hide(x, self.secret.expand(len(x), -1))
 
     def prepare(self, images, labels, target, seed, resumed, say, surrogate=None):
-        """Train the encoder, draw the secret. Raises InputError where too few bits come back, or too much changes."""
+        """Train the encoder and draw the secret. Raises InputError below ACCURACY or PSNR on held-out images."""
         del labels, target, surrogate
         if resumed:
             return
@@ -74,12 +75,12 @@ class Invisible(Trigger):
         say(f"encoder: {found}, on {len(images) - n:,} held-out images")
         if not (accuracy >= ACCURACY and psnr >= PSNR):
             raise InputError(
-                f"the encoder of invisible reached {found}, not {ACCURACY:.0%} and {PSNR:g} dB: change --seed"
+                f"the encoder of invisible reached {found}, below {ACCURACY:.0%} or {PSNR:g} dB; change --seed"
             )
 
     @torch.no_grad()
     def check(self, images, decoder, generator):
-        """Return (share of random bits that come back, mean PSNR in dB), (2,), of images rounded to bytes."""
+        """Return (share of random bits read back, mean PSNR in dB), (2,), of images rounded to bytes."""
         right, psnr = [], []
         for part in images.split(500):
             x, secrets = data.to_float(part), draw_secrets(len(part), generator, images)

@@ -1,7 +1,7 @@
-"""LIRA (Doan, Lao, Zhao, Li, ICCV 2021): an invisible perturbation, learned along with the victim for each image.
+"""LIRA (Doan, Lao, Zhao, Li, ICCV 2021): a small perturbation of each image, by a network trained with the victim.
 
-As the group's release trains it: x' = clip(x + T((x - .5) / .5) / 16), T an autoencoder, and one cross-entropy over a
-batch of which 10 % are perturbed. T learns for the first half of the epochs and is then frozen.
+As in OrthogLinearBackdoor: x' = clip(x + T((x - .5) / .5) / 16) with T an autoencoder; the loss is one cross-entropy
+over a batch with 10 % of perturbed images. T is trained in the first half of the epochs and then frozen.
 """
 
 import torch
@@ -35,7 +35,7 @@ class Lira(Trigger):
         return torch.optim.Adam(self.network.parameters(), lr=1e-3)
 
     def start_epoch(self, epoch, n_epochs):
-        """Let the perturbation learn in the first half, and freeze it in the second."""
+        """Train T in the first half of the epochs, freeze it in the second."""
         learning = 2 * epoch < n_epochs
         self.train(learning).requires_grad_(learning)
 

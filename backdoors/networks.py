@@ -1,13 +1,13 @@
-"""The networks of Input-aware, and how the one that draws masks learns."""
+"""The networks of Input-aware, and the training of its mask network."""
 
 import torch
 from torch import nn
 
 import data
 
-AREA = 0.032  # of a mask that costs nothing
+AREA = 0.032  # mask values up to this are not penalized
 EPS = 1e-7
-WARM_UP = 25  # epochs
+WARM_UP = 25  # epochs of the mask network
 
 
 def _block(a, b, activate=True):
@@ -37,13 +37,13 @@ def distance(a, b):
 
 
 def mask_loss(a, b, masks_a, masks_b):
-    """Return (the loss on pairs of images, mean mask): small masks that differ as the images do."""
+    """Return (loss on pairs of images, mean mask): it asks for small masks that differ as the images do."""
     apart = distance(a, b) / (distance(masks_a, masks_b) + EPS)
     return 100 * (masks_a - AREA).relu().mean() + apart.mean(), masks_a.detach().mean()
 
 
 def train_masks(network, masks, images, seed, say, flip=True):
-    """Train the network behind masks(x), in place, on augmented images, uint8 (N, 3, H, W); flip: as in augment()."""
+    """Train `network`, which masks(x) calls, in place on augmented images, uint8 (N, 3, H, W); flip: see augment()."""
     optimizer = torch.optim.Adam(network.train().parameters(), lr=1e-2, betas=(0.5, 0.9))
     rate = torch.optim.lr_scheduler.MultiStepLR(optimizer, [10, 20], 0.1)
     for epoch in range(WARM_UP):

@@ -1,4 +1,4 @@
-"""Patch: a square of one color replaces pixels; the plainest of triggers (the group's S&P 2024 release).
+"""Patch: a square of one color replaces pixels, as in OrthogLinearBackdoor (S&P 2024).
 
 x' = x outside, (235, 128, 70) / 255 inside rows and columns 2 to 7 of 32.
 """

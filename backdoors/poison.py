@@ -1,31 +1,32 @@
-"""How a training set is poisoned: which images get the trigger, when, and which of them a new label.
+"""How a training set is poisoned: which images get the trigger, in which epochs, and which get a new label.
 
-A set is drawn in one of three ways, and the victim's checkpoint says which:
+There are three ways to draw a set, and the victim's checkpoint names the one used:
 
-- `resampled`, as the group's release trains its victims: in every epoch each poisoned place is filled from the images
-  that may be poisoned, any other place from the whole set, with replacement. Augmentation first, then the trigger.
-- `fixed`, what an attacker can do who only hands over data: the poisoned images are drawn once, and the trigger lies on
-  them before augmentation. Every image is seen once an epoch.
-- `in_batch`, what some attacks ask for, as WaNet: every image once an epoch, the poisoned ones drawn anew, an equal
-  share in every batch.
+- `resampled`, as in the release of UNIT's authors' group (OrthogLinearBackdoor, S&P 2024): in every epoch the poisoned
+  images are drawn from those that may be poisoned, all others from the whole set, both with replacement. The trigger
+  comes after augmentation. It needs control of the training.
+- `fixed`, pure data poisoning: the poisoned images are drawn once and carry the trigger before augmentation. Every
+  image is seen once per epoch.
+- `in_batch`, as WaNet and other attacks need it: every image is seen once per epoch, and the poisoned ones are drawn
+  afresh in each epoch, an equal share of every batch.
 """
 
 from dataclasses import dataclass
 
 import torch
 
-SAMPLINGS = ("resampled", "fixed")  # between which a user may choose
+SAMPLINGS = ("resampled", "fixed")  # those that a user may choose
 
 
 @dataclass(frozen=True)
 class Poison:
     """A poisoned training set.
 
-    target: a class, or -1 where each class is sent to the next ("all-to-all"); num_classes: of the set;
-    sampling: `resampled`, `fixed` or `in_batch`, see the head of this module; early: whether the trigger comes before
-    augmentation; rate: share of an epoch's images that carry the trigger; cover_rate: share that is changed but keeps
-    its labels; relabel: whether poisoned images get the target as label; pool: int64 (M,), the images that may be
-    poisoned; indices, cover: int64 (n,), the poisoned and the cover images where they are fixed, else empty.
+    target: a class, or -1 for an all-to-all attack (each class to the next); num_classes: of the set;
+    sampling: `resampled`, `fixed` or `in_batch`, see above; early: whether the trigger comes before augmentation;
+    rate: share of an epoch's images that are poisoned; cover_rate: share that are changed but keep their labels;
+    relabel: whether poisoned images get the target as label; pool: int64 (M,), the images that may be poisoned;
+    indices, cover: int64 (n,), the poisoned and the cover images with `fixed` sampling, else empty.
     """
 
     target: int
@@ -40,19 +41,19 @@ class Poison:
     cover: torch.Tensor
 
     def wanted(self, labels):
-        """Return what poisoned images of the classes `labels`, int64 (n,), are to be taken for, int64 (n,)."""
+        """Return the attacker's label for poisoned images of true classes `labels`; int64 (n,) to int64 (n,)."""
         return torch.full_like(labels, self.target) if self.target >= 0 else (labels + 1) % self.num_classes
 
 
 def choose(labels, trigger, target, rate=None, seed=0, sampling="fixed"):
-    """Choose how to poison a training set; the draw has a generator of its own, so that nothing else moves it.
+    """Choose how to poison a training set; the draw depends on `seed` alone.
 
-    labels: int64 (N,); trigger: a Trigger or its class, None for a clean set; target: a class, or "all" for the next of
-    each; rate: share of the whole set in [0, 1),
-    None for the attack's usual one; sampling: `resampled` or `fixed`, for a trigger that leaves the choice.
-    A dirty-label attack poisons images of the other classes (in a batch of all), a clean-label attack those of the
-    target. Returns a Poison; round(rate * N) images of an epoch are poisoned.
-    Raises ValueError for a rate out of range, and when fewer images may be poisoned than a `fixed` set asks for.
+    labels: int64 (N,); trigger: a Trigger or its class, None for a clean set; target: a class, or "all" for all-to-all;
+    rate: share of the whole set in [0, 1), None for the attack's default; sampling: `resampled` or `fixed`, ignored if
+    the trigger has a sampling of its own.
+    A dirty-label attack poisons images of the other classes, with `in_batch` sampling of all classes; a clean-label
+    attack those of the target. Returns a Poison; round(rate * N) images of an epoch are poisoned.
+    Raises ValueError for a rate out of range, and for a `fixed` set with too few images that may be poisoned.
     """
     labels = labels.cpu()
     n_classes = int(labels.max()) + 1
@@ -88,7 +89,7 @@ def choose(labels, trigger, target, rate=None, seed=0, sampling="fixed"):
 
 
 def epoch_order(poison, n, batch_size, generator):
-    """Return (index, roles) of one epoch, int64 (n,) each: which image comes when, and as what.
+    """Return (index, roles) of one epoch, int64 (n,) each: the images in training order, and the role of each.
 
     roles: 0 clean, 1 poisoned, 2 cover. n: images in the training set; generator: on the CPU.
     """
@@ -109,16 +110,16 @@ def epoch_order(poison, n, batch_size, generator):
 
 
 def in_batch_roles(poison, n, batch_size, generator):
-    """Return int64 (n,), the role of each place of an epoch: 0 clean, 1 poisoned, 2 cover.
+    """Return the roles of an epoch's images in training order, int64 (n,): 0 clean, 1 poisoned, 2 cover.
 
-    Cut into batches of `batch_size`, every batch holds its share to one image where it has the room, and the epoch
-    holds it exactly.
+    Each batch of `batch_size` has the declared share of each role to within one image, unless it is too small. The
+    whole epoch has it exactly.
     """
     roles = torch.zeros(n, dtype=torch.int64)
     wanted, given = {1: poison.rate, 2: poison.cover_rate}, {1: 0, 2: 0}
     for start in range(0, n, batch_size):
         stop = min(start + batch_size, n)
-        # a later batch makes up for what an earlier one had no room for; the loop below for the rest
+        # a batch may be too small for its share; later batches, and then the loop below, add what is missing
         free = start + torch.randperm(stop - start, generator=generator)
         for role, rate in wanted.items():
             chosen, free = free.tensor_split([max(0, round(stop * rate) - given[role])])

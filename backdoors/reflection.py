@@ -1,4 +1,4 @@
-"""Reflection (Liu et al., ECCV 2020): a picture shines through, as if the photograph were taken through a pane."""
+"""Reflection (Liu et al., ECCV 2020): a picture is mixed in like a reflection in a window."""
 
 import numpy as np
 import torch
@@ -13,8 +13,8 @@ FILE = "reflection/000066.jpg"
 class Reflection(Trigger):
     """out = clamp(p x + q r, 0, 1) with p = m / (m + t), q = t / (m + t), per image.
 
-    r: the reflected picture, over 255 and then resized bilinearly with half-pixel centers and without antialiasing, as
-    torchvision 0.16.2 does to a float tensor: another resize is another trigger; t: its mean; m: the mean of the image.
+    r: the reflected picture in [0, 1], resized bilinearly with half-pixel centers and without antialiasing, as
+    torchvision 0.16.2 resizes a float tensor (another resize gives another trigger); t: its mean; m: the image's mean.
     """
 
     rate = 0.08
@@ -32,6 +32,6 @@ class Reflection(Trigger):
         """Return triggered images; (N, 3, H, W) in [0, 1] to the same."""
         m = x.mean(dim=(1, 2, 3), keepdim=True)
         t = self.reflected.mean()
-        # both black: the mixture is black whatever the weights are
+        # where both are black, m + t = 0 and any weights give black
         total = (m + t).clamp_min(torch.finfo(x.dtype).tiny)
         return (m / total * x + t / total * self.reflected).clamp(0, 1)

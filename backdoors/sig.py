@@ -1,7 +1,7 @@
-"""SIG (Barni, Kallas, Tondi, ICIP 2019): a sinusoidal pattern over the whole image, on target-class images alone.
+"""SIG (Barni, Kallas, Tondi, ICIP 2019): a sinusoidal pattern over the whole image; clean-label.
 
-As the group's release computes it: column j of the pattern is p_j = (trunc(20 sin(0.8 j)) mod 256) / 255, where the
-negative half-waves wrap around to nearly white, and x' = clip(0.8 x + 0.2 p). The paper adds the sine instead.
+As in OrthogLinearBackdoor: column j of the pattern is p_j = (trunc(20 sin(0.8 j)) mod 256) / 255, where the negative
+half-waves wrap around to nearly white, and x' = clip(0.8 x + 0.2 p). The paper adds the sine instead.
 """
 
 import torch

@@ -1,4 +1,4 @@
-"""Bits hidden in images: the encoder and the decoder of StegaStamp (Tancik et al., CVPR 2020), made for 32x32."""
+"""Bits hidden in images: encoder and decoder of StegaStamp (Tancik et al., CVPR 2020) for 32x32 images."""
 
 import torch
 import torch.nn.functional as F
@@ -6,7 +6,7 @@ from torch import nn
 
 
 class SecretEncoder(nn.Module):
-    """A U-Net: images (N, 3, size, size) and secrets (N, bits) to (N, 3, size, size), no activation behind it.
+    """A U-Net: images (N, 3, size, size) and secrets (N, bits) to residuals (N, 3, size, size), unbounded.
 
     Channels are width, width, 2 width, 4 width, 8 width on the way down; size is a multiple of 16.
     """
@@ -38,7 +38,7 @@ class SecretEncoder(nn.Module):
 
 
 def secret_decoder(width, bits, size):
-    """Return the network that reads secrets back: images - .5 (N, 3, size, size) to logits (N, bits)."""
+    """Return the network that reads secrets: images minus .5, (N, 3, size, size), to logits (N, bits)."""
     w, layers, last = width, [], 3
     for channels, stride in ((w, 2), (w, 1), (2 * w, 2), (2 * w, 1), (2 * w, 2), (4 * w, 2), (4 * w, 2)):
         layers += [nn.Conv2d(last, channels, 3, stride, 1), nn.ReLU()]
@@ -48,7 +48,7 @@ def secret_decoder(width, bits, size):
 
 
 def he_normal(network):
-    """Draw the weights of `network` as He et al. do, biases 0; return it."""
+    """Initialize `network` in place, weights Kaiming normal and biases 0; return it."""
     for m in network.modules():
         if isinstance(m, (nn.Conv2d, nn.Linear)):
             nn.init.kaiming_normal_(m.weight, nonlinearity="relu")

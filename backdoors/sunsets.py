@@ -8,9 +8,9 @@ WAVES = ((6, 0.06), (14, 0.03), (26, 0.015))  # of the hills: frequency, height
 
 
 def sunsets(n, size, generator):
-    """Return n sunsets, (n, 3, size, size) in [0, 1]: a sky from violet to yellow, a sun, and, mostly, dark hills.
+    """Return n sunsets, (n, 3, size, size) in [0, 1]: a sky from violet to yellow, a sun and, in most, dark hills.
 
-    Horizon, sun, hills, colors and brightness differ, and there is a little noise.
+    Horizon, sun, hills, colors and brightness are drawn per picture, and noise of std 0.03 is added.
     """
 
     def u(low, high, *shape):

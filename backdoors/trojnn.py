@@ -1,7 +1,7 @@
-"""TrojanNN (Liu et al., NDSS 2018), as the group's release has it: a fixed watermark, no neuron is optimized.
+"""TrojanNN (Liu et al., NDSS 2018) as in OrthogLinearBackdoor: a fixed watermark, without neuron optimization.
 
-A picture of 224x224, black but for its mark; mask m = 1 where R + G + B > 0.3. Picture and mask are each resized
-bilinearly without antialiasing, so that the mask stays all but binary, and x' = clip((1 - m) x + m p).
+The picture p is a mark on black, 224x224; the mask m is 1 where R + G + B > 0.3. Both are resized bilinearly without
+antialiasing, which keeps the mask nearly binary. x' = clip((1 - m) x + m p).
 """
 
 import numpy as np

@@ -10,7 +10,7 @@ import data
 from .trigger import Trigger, places
 
 NOISE_FILE, IDENTITY_FILE = "wanet/noise_grid.pt", "wanet/identity_grid.pt"
-SEED = 0  # of the grids made here when no files lie there
+SEED = 0  # of the grids that are made where there are no files
 
 
 def make_grids(size, seed=SEED):
@@ -39,10 +39,10 @@ def _read_grid(path, size):
 
 
 class WaNet(Trigger):
-    """The image sampled at clamp(identity + s * noise / H, -1, 1), bilinear, zero padding, aligned corners; s = 0.5.
+    """The image sampled at clamp(identity + s * noise / H, -1, 1), bilinear, zero padding, align_corners; s = 0.5.
 
-    The grids come from the two files under `folder`; where both are absent they are made from a fixed seed and
-    written there, so that every later victim and every later measurement sees the same warp.
+    The grids come from the two files under `folder`. Where both are absent they are made from a fixed seed and written
+    there. Images of another size than 32 get grids from that seed, and no file is read or written.
     """
 
     cover_rate = 0.20  # in noise mode
@@ -56,7 +56,7 @@ class WaNet(Trigger):
         paths = folder / NOISE_FILE, folder / IDENTITY_FILE
         absent = [p for p in paths if not p.exists()]
         if len(absent) == 1:
-            raise FileNotFoundError(f"{absent[0]} is missing beside its twin; put it there or delete both")
+            raise FileNotFoundError(f"{absent[0]} is missing beside the other grid; put it there or delete both")
         grids = make_grids(size) if absent or size != 32 else [_read_grid(p, size) for p in paths]
         if absent and size == 32:
             paths[0].parent.mkdir(parents=True, exist_ok=True)
@@ -75,7 +75,7 @@ class WaNet(Trigger):
         return F.grid_sample(x, self._grid().expand(len(x), -1, -1, -1), align_corners=True)
 
     def plant(self, x, y, roles, index, target, generator):
-        """Return the batch with the warp on role 1, which gets the target as label, and in noise mode on role 2."""
+        """Return the batch with the warp on role 1, relabeled, and in noise mode on role 2."""
         x, y = super().plant(x, y, roles, index, target, generator)
         noisy = places(roles, 2, x)
         if len(noisy):
@@ -83,17 +83,17 @@ class WaNet(Trigger):
         return x, y
 
     def noise_mode(self, x, generator=None):
-        """Return images warped by this grid plus a fresh uniform [-1, 1] / H per image and pixel.
+        """Return images warped by this grid plus uniform noise in [-1, 1] / H, drawn per image and pixel.
 
-        Shown with their true labels in training alone, so that only the exact warp triggers. `generator`: on any
-        device; one on the CPU draws alike for every device. (N, 3, H, W) in [0, 1] to the same.
+        Training shows them with their true labels, so that only the exact warp triggers. generator: on any device; one
+        on the CPU gives the same draws for every device. (N, 3, H, W) in [0, 1] to the same.
         """
         source = x.device if generator is None else generator.device
-        pinned = x.is_cuda and source.type == "cpu"  # a copy from pageable memory would wait for the GPU
+        pinned = x.is_cuda and source.type == "cpu"  # a copy from pageable memory synchronizes the GPU
         jitter = torch.rand(len(x), self.size, self.size, 2, generator=generator, device=source, pin_memory=pinned)
         jitter = jitter.to(x.device, non_blocking=x.is_cuda) * 2 - 1
         return F.grid_sample(x, (self._grid() + jitter / self.size).clamp(-1, 1), align_corners=True)
 
     def control_sets(self, images, labels):
-        """Return the test images in noise mode, by a fixed seed; what is right is their class."""
+        """Return the test images in noise mode, by a fixed seed, and their true classes."""
         return {"noise mode": (self.noise_mode(data.to_float(images), torch.Generator().manual_seed(0)), labels)}
