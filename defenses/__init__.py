@@ -1,19 +1,19 @@
 """Defenses that UNIT is compared with. Each changes weights; none sees test images or the trigger.
 
-A new one is a module here (finetune.py is the one to copy), a line in DEFENSES, and its name in flags.DEFENSES: there
-defend.py, compare.py and the tests find it. The module has
+A new one is a module here (copy finetune.py), a line in DEFENSES, and its name in flags.DEFENSES; defend.py, compare.py
+and the tests then find it. The module has
 
-- `Config`, a frozen dataclass of every published constant: `data_rate` is the share of the training set that it is
-  given, 0 for a method that needs none, `uses_labels` a ClassVar (it is no setting), `flip` whether augmentation
-  mirrors the images, if there is any; with a field `epochs` it takes --epochs;
-- `repair(model, images, labels, config, seed, dtype, callback, state)`, which leaves `model` as it is and returns a
-  Repaired: the network in eval mode, of the same architecture, and history and findings as plain values; a finding
-  `outcome` is a sentence that the table shows. `images` are uint8 (N, 3, H, W) on the model's device, `labels` int64
-  (N,), or None where uses_labels is False. After each epoch it calls `callback` with the epoch's figures and a function
-  that returns the state of its making; given that as `state`, and all else as before, it goes on from there to the same
-  bits (common.Training does both).
+- `Config`, a frozen dataclass of every published constant. `data_rate`: share of the training set that the method gets,
+  0 for none. `uses_labels`: a ClassVar, because it is no setting. `flip`: whether augmentation mirrors the images, if
+  the method augments. With a field `epochs` the method takes --epochs.
+- `repair(model, images, labels, config, seed, dtype, callback, state)`, which leaves `model` unchanged and returns a
+  Repaired: a network of the same architecture in eval mode, history and findings as plain values. The finding
+  `outcome` is a sentence for the table. `images`: uint8 (N, 3, H, W) on the model's device; `labels`: int64 (N,), or
+  None where uses_labels is False. After each epoch it calls `callback(figures, state_of)`, state_of being a function
+  that returns the state of the run. Called with that as `state` and otherwise the same arguments, it resumes and gives
+  the same bits (common.Training does both).
 
-dbd.py is no repair of a victim: it trains on the poisoned images themselves, by its own train().
+dbd.py repairs no victim: it trains on the poisoned images, by its own train().
 """
 
 from . import anp, bcu, clp, finetune, fp, fst, ft_sam, i_bau, nad, nc, rnp, seam, ulrl

@@ -1,7 +1,7 @@
 """BCU: Backdoor Cleansing with Unlabeled Data (Pang et al., CVPR 2023).
 
-A student that keeps most of the victim's weights and has the rest drawn anew learns from the victim's own outputs, on
-images without a trigger: what those images never ask for, the backdoor, is not passed on. It needs no labels.
+The victim is distilled on clean images into a copy of itself, a random part of whose weights is re-initialized. Clean
+images do not activate the backdoor, so it is not passed on. BCU needs no labels.
 """
 
 import copy
@@ -24,7 +24,7 @@ class Config:
     uses_labels: ClassVar[bool] = False
     data_rate: float = 0.05  # share of the training set that is clean data
     flip: bool = True  # whether augmentation mirrors the images
-    # share of a layer's entries that are drawn anew, by the start of the layer's path
+    # share of a layer's entries that are re-initialized, by the prefix of the layer's path
     p: tuple[tuple[str, float], ...] = (
         ("conv1", 0.01),
         ("layer1.", 0.01),
@@ -33,17 +33,17 @@ class Config:
         ("layer4.", 0.27),
         ("linear", 0.10),
     )
-    lr: float = 0.01  # falls along a cosine
+    lr: float = 0.01  # cosine schedule
     momentum: float = 0.9
     weight_decay: float = 5e-4
     epochs: int = 100
     batch_size: int = 256
     temperature_low: float = 1.0
-    temperature_rise: float = 3.0  # over all epochs: of 100, the published 0.03 per epoch
+    temperature_rise: float = 3.0  # over all epochs; the published 0.03 per epoch for 100 epochs
 
 
 def draw_anew(layer):
-    """Draw a layer's entries anew in place, from torch's global generator.
+    """Re-initialize a layer in place, from torch's global generator.
 
     A convolution's weight is Kaiming normal: mean 0, variance 2 / fan_out, fan_out being output channels * kernel area.
     A linear layer's weight and bias, and a convolution's bias, are uniform in +-1 / sqrt(fan_in).
@@ -55,14 +55,14 @@ def draw_anew(layer):
 
 @torch.no_grad()
 def partly_fresh(model, p, seed):
-    """Return a copy of `model` in which single weights of convolutions and linear layers are drawn anew.
+    """Return a copy of `model` with a random part of its convolution and linear weights re-initialized.
 
-    p: ((start of a layer's path, share of its weight and bias entries), ...). Each entry is replaced independently by
-    that of a fresh layer, see draw_anew(); batch norm stays. Torch's global generator is left as it was.
-    Raises ValueError for a layer that no path fits.
+    p: ((prefix of a layer's path, share of its weight and bias entries), ...). Each entry is replaced independently by
+    that of a fresh layer, see draw_anew(); batch norm is copied. The state of torch's global generator is restored.
+    Raises ValueError for a layer that matches no prefix.
     """
     device = next(model.parameters()).device
-    # drawn on the CPU and in one layout, in whose order a generator fills: so every device draws alike
+    # on the CPU and in one memory layout, so that every device gets the same draws
     student = copy.deepcopy(model).cpu().to(memory_format=torch.contiguous_format)
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
@@ -72,7 +72,7 @@ def partly_fresh(model, p, seed):
                 continue
             share = next((value for start, value in p if name.startswith(start)), None)
             if share is None:
-                raise ValueError(f"p names no share for the layer {name}; add the start of its path")
+                raise ValueError(f"BCU has a share for the layers of a ResNet here, and none for {name}")
             old = {k: v.clone() for k, v in layer.named_parameters()}
             draw_anew(layer)
             for k, fresh in layer.named_parameters():
@@ -82,12 +82,12 @@ def partly_fresh(model, p, seed):
 
 
 def temperature_of(epoch, config):
-    """Return T of an epoch, counted from 0; at 100 epochs 1.03, 1.06, ..., 4.00. The last epoch always has 4."""
+    """Return T of an epoch, counted from 0; for 100 epochs 1.03, 1.06, ..., 4.00. The last epoch always has 4."""
     return config.temperature_low + config.temperature_rise * (epoch + 1) / config.epochs
 
 
 def distillation_loss(student, teacher, temperature):
-    """Return KL(softmax(teacher / T) || softmax(student / T)), a mean over the batch; no factor T^2.
+    """Return KL(softmax(teacher / T) || softmax(student / T)), the mean over the batch, without a factor T^2.
 
     student, teacher: logits (B, classes); temperature: T.
     """
@@ -96,11 +96,11 @@ def distillation_loss(student, teacher, temperature):
 
 
 def repair(model, images, labels=None, config=Config(), seed=0, dtype=torch.float32, callback=None, state=None):
-    """Distil the victim into a partly fresh copy of itself.
+    """Distill the victim into a partly re-initialized copy of itself.
 
-    images: uint8 (N, 3, H, W) on the model's device, of any origin; labels: not looked at; dtype: what autocast
-    computes in; callback, state: see defenses/__init__.py; an epoch's figures are "loss" and "agreement", the share of
-    images that student and teacher classify alike. Returns a Repaired.
+    images: uint8 (N, 3, H, W) on the model's device; labels: ignored; dtype: autocast's; callback, state: see
+    defenses/__init__.py; an epoch's figures are "loss" and "agreement", the share of images that student and teacher
+    classify alike. Returns a Repaired. Raises ValueError for a network other than the ResNets here.
     """
     del labels
     student = training_copy(partly_fresh(model, config.p, seed), dtype).train()

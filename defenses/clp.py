@@ -1,7 +1,7 @@
 """CLP: channel Lipschitz pruning (Zheng et al., ECCV 2022), which needs no data.
 
-A channel that answers to a trigger is more sensitive than its neighbors: an upper bound on its Lipschitz constant,
-read off the weights, stands out in its layer. Such channels are pruned.
+A channel that responds to the trigger is more sensitive than the others of its layer. Channels with an outlying upper
+bound on their Lipschitz constant, computed from the weights, are pruned.
 """
 
 import copy
@@ -20,21 +20,21 @@ class Config:
 
     uses_labels: ClassVar[bool] = False
     data_rate: float = 0.0  # no images
-    u: float = 3.0  # standard deviations above its layer's mean, from which on a channel is pruned
+    u: float = 3.0  # a channel is pruned above its layer's mean + u standard deviations
 
 
 @torch.no_grad()
 def convolutions_before_norms(model, x):
-    """Return [(path of a batch norm, batch norm, the convolution whose output it reads)] in the order of the calls.
+    """Return [(path of a batch norm, batch norm, the convolution whose output is its input)] in the order of the calls.
 
-    x: a float batch (N, C, H, W) to call the model with. A batch norm that reads anything else, such as the sum at the
-    door of a pre-activation block, is left out, and so is one without a scale or without running statistics.
+    x: a float batch (N, C, H, W) to call the model with. Left out is a batch norm with another input, such as the first
+    one of a pre-activation block, and one without a scale or running statistics.
     """
     outputs, found = {}, {}
     names = {m: name for name, m in model.named_modules()}
 
     def made(conv, _args, output):
-        outputs[id(output)] = output, conv  # the tensor is held, so that no other one gets its id
+        outputs[id(output)] = output, conv  # keeping the tensor keeps its id unique
 
     def read(norm, args):
         usable = norm.affine and norm.running_var is not None
@@ -59,8 +59,8 @@ def convolutions_before_norms(model, x):
 def lipschitz_bounds(conv, norm):
     """Return the bound on each channel's Lipschitz constant, float64 (channels,), on the CPU.
 
-    It is the largest singular value of the channel's filter, laid out as input channels x kernel area, times
-    |gamma| / sqrt(running variance), without epsilon. A channel whose variance is 0 is constant, and its bound is 0.
+    It is the largest singular value of the channel's filter, reshaped to (input channels, kernel area), times
+    |gamma| / sqrt(running variance), without epsilon. A channel of variance 0 is constant, and its bound is 0.
     """
     filters, gamma, variance = (t.detach().cpu().double() for t in (conv.weight, norm.weight, norm.running_var))
     bounds = torch.linalg.svdvals(filters.flatten(2))[:, 0] * gamma.abs() / variance.sqrt()
@@ -68,22 +68,22 @@ def lipschitz_bounds(conv, norm):
 
 
 def outlying(bounds, u):
-    """Return bool (channels,): which bounds lie above the layer's mean + u times its (unbiased) standard deviation."""
+    """Return bool (channels,): which bounds lie above the mean + u standard deviations (unbiased) of the layer."""
     return bounds > bounds.mean() + u * bounds.std()
 
 
 def repair(model, images, labels=None, config=Config(), seed=0, dtype=torch.float32, callback=None, state=None):
-    """Prune the channels of a copy of `model` whose Lipschitz bound stands out in their layer: gamma = beta = 0.
+    """Set gamma = beta = 0 in a copy of `model` for the channels with an outlying Lipschitz bound.
 
-    images: uint8 (N, 3, H, W) on the model's device, of which only the shape is looked at: N may be 0; labels, seed,
-    dtype, callback, state: of no use. Returns a Repaired whose findings name the pruned channels of each batch norm.
-    Raises ValueError where no batch norm reads a convolution's output.
+    images: uint8 (N, 3, H, W) on the model's device, used for their shape alone, so N may be 0; labels, seed, dtype,
+    callback, state: ignored. Returns a Repaired whose findings name the pruned channels of each batch norm.
+    Raises ValueError where no batch norm follows a convolution.
     """
     del labels, seed, dtype, callback, state
     net = copy.deepcopy(model).eval()
     pairs = convolutions_before_norms(net, torch.zeros(1, *images.shape[1:], device=images.device))
     if not pairs:
-        raise ValueError("no batch norm of the network reads a convolution's output, and CLP judges only those")
+        raise ValueError("no batch norm of the network follows a convolution, and CLP prunes only such channels")
     pruned, n = {}, 0
     for name, norm, conv in pairs:
         out = outlying(lipschitz_bounds(conv, norm), config.u)

@@ -1,4 +1,4 @@
-"""What the defenses share: the loop over an epoch's batches, a training that can be resumed, and what comes out."""
+"""What the defenses share: an epoch of training, a training that can be resumed, and the result."""
 
 import copy
 from dataclasses import dataclass, field
@@ -13,9 +13,10 @@ import utils
 
 @dataclass
 class Repaired:
-    """A repaired network in eval mode, how its making went, and what it found worth saying.
+    """The result of a defense.
 
-    history: {figure: [one value per epoch]}; findings: {name: plain value}, `outcome` being a sentence for the table.
+    model: the repaired network in eval mode; history: {figure: [one value per epoch]}; findings: {name: plain value},
+    `outcome` being a sentence for the table.
     """
 
     model: nn.Module
@@ -32,18 +33,17 @@ def linear_layer(model):
 
 
 def forward(net, x, dtype):
-    """Return the float32 logits of `net`, computed in `dtype` by autocast, in the layout that suits its training."""
+    """Return the float32 logits of `net`, computed under autocast to `dtype`, in its training's memory layout."""
     with utils.autocast(x.device, dtype):
         return net(x.contiguous(memory_format=fast.training_layout(net))).float()
 
 
 def train_epoch(images, config, optimizer, generator, loss_of, clip_norm=None):
-    """Train for one epoch in place, each image cropped and flipped anew.
+    """Train for one epoch in place, with random crop and flip.
 
-    images: uint8 (N, 3, H, W); config: has batch_size, and flip, whether images are mirrored; generator: on the CPU,
-    draws order and augmentation; loss_of: (float images (B, 3, H, W) in [0, 1], index int64 (B,)) to (loss to descend
-    on, bool (B,) whether each was right); clip_norm: bound on the norm of the gradient.
-    Returns (mean loss, share that was right).
+    images: uint8 (N, 3, H, W); config: has batch_size and flip; generator: on the CPU, draws order and augmentation;
+    loss_of: (float images (B, 3, H, W) in [0, 1], index int64 (B,)) to (loss to minimize, bool (B,) whether each image
+    is classified correctly); clip_norm: bound on the norm of the gradient. Returns (mean loss, accuracy).
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     total = torch.zeros(2, device=images.device)
@@ -61,10 +61,10 @@ def train_epoch(images, config, optimizer, generator, loss_of, clip_norm=None):
 
 
 class Training:
-    """A training under way, which can be resumed after any epoch and then gives the same bits.
+    """A training that can be resumed after any epoch, with the same bits as an uninterrupted one.
 
-    net, optimizer, generator: what an epoch changes; rate: a scheduler of the optimizer, stepped once an epoch;
-    state: the state_dict() of another after some of its epochs, to go on from, or None.
+    net, optimizer, generator: the objects that an epoch changes; rate: a scheduler of the optimizer, stepped once per
+    epoch, or None; state: the state_dict() to resume from, or None.
     """
 
     def __init__(self, net, optimizer, generator, rate=None, state=None):
@@ -79,11 +79,11 @@ class Training:
 
     @property
     def done(self):
-        """How many epochs are done."""
+        """Number of epochs done."""
         return len(next(iter(self.history.values()), ()))
 
     def end_epoch(self, callback, **now):
-        """Append an epoch's figures to the history; call callback(figures, self.state_dict), if given."""
+        """Append the figures of an epoch to the history, then call callback(figures, self.state_dict), if any."""
         if self.rate is not None:
             self.rate.step()
         for name, value in now.items():
@@ -92,6 +92,6 @@ class Training:
             callback(now, self.state_dict)
 
     def state_dict(self):
-        """Return a copy of what the epochs to come follow from, and the history, as tensors and plain values."""
+        """Return a copy of all state that later epochs depend on, and the history, as tensors and plain values."""
         state = {name: part.state_dict() for name, part in self.parts.items()}
         return copy.deepcopy({**state, "generator": self.generator.get_state(), "history": self.history})

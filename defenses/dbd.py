@@ -1,12 +1,12 @@
 """DBD: Backdoor Defense via Decoupling the Training Process (Huang et al., ICLR 2022).
 
-A defense for whoever trains on images that may be poisoned. A backdoor is learned where labels meet a trigger, so:
-first learn features without labels (SimCLR), then a linear layer on them, and trust only the labels that this network
-finds easy; the rest keeps its images and loses its labels (MixMatch).
+A training method for a set that may be poisoned. A backdoor is learned from the labels of triggered images. So stage 1
+learns features without labels (SimCLR), stage 2 a linear layer on them, and stage 3 trains the whole network with the
+labels of the samples of low loss alone; the others are used as unlabeled images (MixMatch).
 
-Each stage is an object that trains one epoch at a time and whose whole state is a dictionary of tensors and plain
-values, so that a run which was cut off goes on with the same bits. `fast` is what computes the network's training
-batches of full size in its place: itself, compiled. `before` is the stage that came before.
+Each stage is an object that trains one epoch at a time. Its state is a dictionary of tensors and plain values, from
+which an interrupted run resumes and gives the same bits. `fast`: the compiled network, used for training batches of
+full size. `before`: the previous stage.
 """
 
 import math
@@ -29,8 +29,8 @@ class Config:
 
     flip: bool = True  # whether augmentation mirrors the images
     # stage 1: SimCLR on the images without labels
-    simclr_epochs: int = 100  # that are trained; the published fine-tuning starts from the 100th
-    simclr_schedule: int = 1000  # length of the cosine along which the rate falls
+    simclr_epochs: int = 100  # of the schedule; the published stage 2 starts from the checkpoint of epoch 100
+    simclr_schedule: int = 1000  # epochs of the cosine schedule of the learning rate
     simclr_batch: int = 512
     simclr_temperature: float = 0.5
     simclr_lr: float = 0.4
@@ -43,21 +43,21 @@ class Config:
     linear_lr: float = 2e-3  # of Adam, constant
     ce_weight: float = 0.1  # of symmetric cross-entropy
     rce_weight: float = 1.0
-    rce_floor: float = 1e-4  # under which a target is not taken
-    rce_probability_floor: float = 1e-7  # nor a prediction
+    rce_floor: float = 1e-4  # lower clamp of the one-hot target
+    rce_probability_floor: float = 1e-7  # lower clamp of the predicted probability
     # stage 3: MixMatch
     trusted_share: float = 0.5  # of the samples, those of the lowest loss
     mixmatch_epochs: int = 190
-    mixmatch_steps: int = 1024  # an epoch
+    mixmatch_steps: int = 1024  # per epoch
     mixmatch_batch: int = 64  # of labeled and of unlabeled images each
     mixmatch_temperature: float = 0.5
     mixmatch_alpha: float = 0.75  # of the Beta distribution of the mixing weights
-    mixmatch_weight: float = 15.0  # lambda_u, of the unlabeled loss; reached along a linear ramp
+    mixmatch_weight: float = 15.0  # lambda_u, weight of the unlabeled loss after a linear ramp
     mixmatch_lr: float = 2e-3  # of the same Adam, constant
 
 
 def initialize(network):
-    """Draw the weights of all convolutions anew in place, as DBD's ResNet does, from torch's global generator.
+    """Initialize the weights of all convolutions in place as in DBD's ResNet, from torch's global generator.
 
     They are Kaiming normal: mean 0, variance 2 / fan_out, fan_out being output channels * kernel area.
     """
@@ -84,7 +84,7 @@ def _generator(seed, stage, epoch):
 
 
 class Contrast:
-    """Stage 1: the network without its linear layer, and a projection head, learn to find an image's other view."""
+    """Stage 1: SimCLR trains the network without its linear layer, and a projection head."""
 
     number = 1
 
@@ -103,7 +103,7 @@ class Contrast:
         )
 
     def train_epoch(self, images, _labels, epoch, dtype, progress):
-        """Train one epoch; return {"loss", "found"}, found being the share of anchors whose twin was the nearest."""
+        """Train one epoch; return {"loss", "found"}: found is the share of anchors nearest to their second view."""
         c, g = self.config, _generator(self.seed, self.number, epoch)
         for group in self.optimizer.param_groups:
             group["lr"] = c.simclr_lr * 0.5 * (1 + math.cos(math.pi * min(epoch / c.simclr_schedule, 1)))
@@ -127,7 +127,7 @@ class Contrast:
         return {"loss": loss, "found": found}
 
     def finish(self):
-        """Put the linear layer back."""
+        """Put the linear layer back into the network."""
         self.network.linear = self.linear
 
     def state_dict(self):
@@ -142,9 +142,9 @@ class Contrast:
 
 
 class Linear:
-    """Stage 2: the linear layer learns on the features as they are, under symmetric cross-entropy.
+    """Stage 2: symmetric cross-entropy trains the linear layer on the frozen features.
 
-    No other weight moves. Batch norm is in train mode all the same: its running statistics follow the batches.
+    Batch norm is in train mode, so its running statistics follow the batches.
     """
 
     number = 2
@@ -152,11 +152,11 @@ class Linear:
     def __init__(self, network, config, seed, _fast=None, _before=None):
         self.network, self.config, self.seed = network, config, seed
         self.epochs = config.linear_epochs
-        # of the whole network, for stage 3 too: here Adam passes over what has no gradient
+        # over the whole network, because stage 3 uses the same Adam; it skips parameters without a gradient
         self.optimizer = torch.optim.Adam(network.parameters(), lr=config.linear_lr)
 
     def train_epoch(self, images, labels, epoch, dtype, progress):
-        """Train one epoch; return {"loss", "accuracy"} on the labels as they are, poisoned ones too."""
+        """Train one epoch; return {"loss", "accuracy"} on the given labels, poisoned ones included."""
         g = _generator(self.seed, self.number, epoch)
         self.network.train()
         linear, self.network.linear = self.network.linear, nn.Identity()
@@ -192,9 +192,9 @@ class Linear:
 
 
 class Semi(Linear):
-    """Stage 3: the whole network learns by MixMatch, from the labels it finds easy and from all other images.
+    """Stage 3: MixMatch trains the whole network, with the labels of the trusted samples alone.
 
-    It goes on with the Adam of stage 2, which has moments of the linear layer alone.
+    It continues with the Adam of stage 2, which has moments for the linear layer alone.
     """
 
     number = 3
@@ -209,7 +209,7 @@ class Semi(Linear):
             group["lr"] = config.mixmatch_lr
 
     def train_epoch(self, images, labels, epoch, dtype, progress):
-        """Split anew, train one epoch; return {"loss", "trusted"}, the indices of the trusted half, on the CPU."""
+        """Rank the samples, train one epoch; return {"loss", "trusted"}: the trusted samples' indices, on the CPU."""
         c, g = self.config, _generator(self.seed, self.number, epoch)
         losses = sample_losses(self.network, images, labels, c, dtype, g)
         trusted, others = split_by_loss(losses, c.trusted_share)
@@ -244,20 +244,20 @@ class Semi(Linear):
 def unlabeled_weight(config, epoch, step):
     """Return lambda_u = 15 min(1, e / 190) of a step of stage 3; epoch and step are counted from 0.
 
-    e counts epochs, and the steps of an epoch as parts of it, from the start of stage 2: it begins at 10.
+    e is the time in epochs since the start of stage 2, fractions included: 10 at the start of stage 3.
     """
     e = config.linear_epochs + epoch + step / config.mixmatch_steps
     return config.mixmatch_weight * min(1.0, e / config.mixmatch_epochs)
 
 
 def augmented(images, generator, flip=True):
-    """Return uint8 images (N, 3, H, W) as floats in [0, 1] after a random crop with reflected edges, and a flip."""
+    """Return uint8 images (N, 3, H, W) as floats in [0, 1] after random crop with reflection padding, and flip."""
     return data.augment(data.to_float(images), generator, mode="reflect", flip=flip)
 
 
 @torch.no_grad()
 def sample_losses(network, images, labels, config, dtype, generator, batch_size=512):
-    """Return the symmetric cross-entropy of each sample, (N,) float: of one augmented view, the network in eval mode.
+    """Return the symmetric cross-entropy of one augmented view of each sample in eval mode, float (N,).
 
     images: uint8 (N, 3, H, W); labels: int64 (N,); generator: on the CPU, draws the views.
     """
@@ -282,9 +282,9 @@ STAGES = (Contrast, Linear, Semi)
 def train(network, images, labels, config=Config(), seed=0, dtype=torch.float32, fast=None, callback=None, state=None):
     """Train `network`, in place, on a training set that may be poisoned.
 
-    images: uint8 (N, 3, H, W); labels: int64 (N,), both on its device; fast: the network compiled, for batches of full
-    size, or None; callback: called after each epoch with (stage, epoch, figures, function that returns the state);
-    given that as `state`, and all else as before, it goes on from there to the same bits.
+    images: uint8 (N, 3, H, W); labels: int64 (N,), both on its device; fast: the compiled network, for batches of full
+    size, or None; callback: called after each epoch with (stage, epoch, figures, function that returns the state).
+    Called with that as `state` and otherwise the same arguments, it resumes and gives the same bits.
     """
     state, stage = state or {"stage": 0, "epoch": 0, "state": None}, None
     for i, stage_of in enumerate(STAGES):

@@ -13,11 +13,11 @@ from .common import Repaired, Training, forward, train_epoch
 
 @dataclass(frozen=True)
 class Config:
-    """The constants of the baseline, and of what else ends in fine-tuning: BackdoorBench's."""
+    """BackdoorBench's constants, for this baseline and for the fine-tuning in FP and NC."""
 
     uses_labels: ClassVar[bool] = True
     data_rate: float = 0.05  # share of the training set that is clean data
-    lr: float = 0.01  # falls along a cosine, epoch by epoch
+    lr: float = 0.01  # cosine schedule over the epochs
     momentum: float = 0.9
     weight_decay: float = 5e-4
     epochs: int = 100
@@ -26,7 +26,7 @@ class Config:
 
 
 def tune(net, images, labels, config, seed=0, dtype=torch.float32, callback=None, state=None):
-    """Fine-tune `net` in place on clean images and return the history; config: a Config. All else as in repair()."""
+    """Fine-tune `net` in place on clean images and return the history; the other arguments are those of repair()."""
     optimizer = torch.optim.SGD(
         net.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay
     )
@@ -46,7 +46,7 @@ def tune(net, images, labels, config, seed=0, dtype=torch.float32, callback=None
 def repair(model, images, labels, config=Config(), seed=0, dtype=torch.float32, callback=None, state=None):
     """Fine-tune a copy of `model` on clean images.
 
-    images: uint8 (N, 3, H, W); labels: int64 (N,), both on the model's device; dtype: what autocast computes in;
+    images: uint8 (N, 3, H, W); labels: int64 (N,), both on the model's device; dtype: autocast's;
     callback, state: see defenses/__init__.py; an epoch's figures are "loss" and "accuracy". Returns a Repaired.
     """
     net = training_copy(model, dtype)

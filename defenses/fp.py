@@ -1,7 +1,7 @@
 """FP: fine-pruning (Liu et al., RAID 2018).
 
-Features that stay dormant on clean images are where a trigger finds room. The most dormant ones are pruned for as long
-as accuracy holds, and the rest is fine-tuned.
+A backdoor uses features that are dormant on clean images. They are pruned, the most dormant first, as long as accuracy
+holds; then the network is fine-tuned.
 """
 
 from dataclasses import dataclass
@@ -20,19 +20,19 @@ from .pruning import accuracy, held_out
 
 @dataclass(frozen=True)
 class Config(finetune.Config):
-    """The constants of fine-pruning: those of pruning, and of fine-tuning after it."""
+    """The constants of fine-pruning: those of pruning, and those of the fine-tuning after it."""
 
-    step: float = 6 / 512  # share of the features that is pruned at a time, one feature at least
-    max_drop: float = 0.10  # of the victim's accuracy on the images held out, as a share of it; pruning ends before
-    valid_share: float = 0.2  # of the clean images, held out for that
+    step: float = 6 / 512  # share of the features pruned per step, at least one feature
+    max_drop: float = 0.10  # relative loss of held-out accuracy, at which pruning stops
+    valid_share: float = 0.2  # of the clean images, held out to measure it
 
 
 @torch.no_grad()
 def reader_of_features(model, x):
-    """Return the linear layer that reads the last convolution's features: the first after it, in the order of calls,
-    whose input is one vector per image.
+    """Return the linear layer whose input are the last convolution's features.
 
-    x: a float batch (N, C, H, W) to call the model with. Raises ValueError where there is no such layer.
+    It is the first linear layer called after that convolution with one vector per image. x: a float batch (N, C, H, W)
+    to call the model with. Raises ValueError where there is no such layer.
     """
     calls, convolutions = [], (nn.Conv1d, nn.Conv2d, nn.Conv3d)
     layers = [m for m in model.modules() if isinstance(m, (*convolutions, nn.Linear))]
@@ -47,7 +47,7 @@ def reader_of_features(model, x):
         raise ValueError("the network has no convolution, whose features FP would prune")
     readers = [m for m, dim in calls[last:] if isinstance(m, nn.Linear) and dim == 2]
     if not readers:
-        raise ValueError("no linear layer reads the features of the last convolution, and FP prunes them there")
+        raise ValueError("no linear layer takes the last convolution's features as input, where FP would prune them")
     return readers[0]
 
 
@@ -72,10 +72,10 @@ def mean_features(model, layer, images, dtype, batch_size=250):
 
 @torch.no_grad()
 def prune(net, layer, order, config, images, labels, dtype):
-    """Zero the columns of `layer`, a layer of `net`, in place, step by step in the order given; return how many.
+    """Zero columns of `layer`, a layer of `net`, in place and in the order given; return their number.
 
-    order: int64 (features,); images, labels: held out. The step that takes accuracy to 1 - max_drop of what it was, or
-    lower, is taken back and ends it.
+    order: int64 (features,); images, labels: held out. The first step with accuracy at or below (1 - max_drop) times
+    the accuracy before pruning is undone, and pruning ends.
     """
     floor, n = (1 - config.max_drop) * accuracy(net, images, labels, dtype), 0
     for columns in order.split(max(1, round(config.step * len(order)))):
@@ -89,12 +89,12 @@ def prune(net, layer, order, config, images, labels, dtype):
 
 
 def repair(model, images, labels, config=Config(), seed=0, dtype=torch.float32, callback=None, state=None):
-    """Prune the features of the last convolution that are dormant on clean images, and fine-tune what is left.
+    """Prune the features of the last convolution that are dormant on clean images, then fine-tune.
 
     images: uint8 (N, 3, H, W); labels: int64 (N,), both on the model's device; a fifth of them is held out to choose
-    how much is pruned, and all of them fine-tune. dtype: what autocast computes in; callback, state: see
-    defenses/__init__.py; an epoch's figures are "loss" and "accuracy". Returns a Repaired whose findings are the pruned
-    features. Raises ValueError where no linear layer reads a convolution's features, and for too few images.
+    how much is pruned, and all are used to fine-tune. dtype: autocast's; callback, state: see defenses/__init__.py; an
+    epoch's figures are "loss" and "accuracy". Returns a Repaired whose findings are the pruned features.
+    Raises ValueError for a network without such features (reader_of_features()), and for too few images.
     """
     state = {} if state is None else state
     net = training_copy(model, dtype)
@@ -108,7 +108,7 @@ def repair(model, images, labels, config=Config(), seed=0, dtype=torch.float32, 
     kept[pruned] = 0
     with torch.no_grad():
         layer.weight *= kept
-    # a masked input has no gradient, and weight decay leaves a zero alone: what is pruned stays so
+    # a masked input gives its weights no gradient, and weight decay keeps 0 at 0: pruned columns stay 0
     hook = layer.register_forward_pre_hook(lambda _layer, args: (args[0] * kept,))
     keep = callback and (lambda now, state_of: callback(now, lambda: {"pruned": pruned, "tuning": state_of()}))
     history = finetune.tune(net, images, labels, config, seed, dtype, keep, state.get("tuning"))

@@ -1,7 +1,7 @@
 """FST: Feature Shift Tuning (Min et al., NeurIPS 2023).
 
-The last linear layer is drawn anew and kept from pointing where the victim's did, so that the features have to shift
-away from those that the backdoor uses.
+The last linear layer is re-initialized and pushed away from the victim's, so that the features have to shift away from
+those that the backdoor uses.
 """
 
 import math
@@ -22,8 +22,8 @@ class Config:
 
     uses_labels: ClassVar[bool] = True
     data_rate: float = 0.05  # share of the training set that is clean data; published: 0.02
-    alpha: float = 0.2  # weight of the likeness to the old weights
-    lr: float = 0.01  # falls along a cosine
+    alpha: float = 0.2  # weight of the inner product with the original weights
+    lr: float = 0.01  # cosine schedule
     momentum: float = 0.9
     epochs: int = 10
     batch_size: int = 128
@@ -32,7 +32,7 @@ class Config:
 
 @torch.no_grad()
 def draw_anew(linear, generator):
-    """Draw weight and bias of a linear layer anew in place: uniform in +-1 / sqrt(fan_in)."""
+    """Re-initialize weight and bias of a linear layer in place: uniform in +-1 / sqrt(fan_in)."""
     limit = 1 / math.sqrt(linear.in_features)
     for p in linear.parameters():
         p.copy_(torch.rand(p.shape, generator=generator) * 2 * limit - limit)
@@ -45,10 +45,10 @@ def rescale(weight, norm):
 
 
 def repair(model, images, labels, config=Config(), seed=0, dtype=torch.float32, callback=None, state=None):
-    """Fine-tune a copy of `model` with a fresh last linear layer that is pushed away from the old one.
+    """Fine-tune a copy of `model` whose last linear layer is re-initialized and pushed away from the original.
 
-    Loss: CE + alpha * sum of W * W_old, elementwise; after every step W is scaled to the norm of W_old. The bias is
-    free. images: uint8 (N, 3, H, W); labels: int64 (N,), both on the model's device; dtype: what autocast computes in;
+    Loss: CE + alpha * sum of W * W_old, elementwise. After every step W is scaled to the Frobenius norm of W_old.
+    images: uint8 (N, 3, H, W); labels: int64 (N,), both on the model's device; dtype: autocast's;
     callback, state: see defenses/__init__.py; an epoch's figures are "loss" and "accuracy". Returns a Repaired.
     Raises ValueError for a network without a linear layer.
     """

@@ -1,7 +1,7 @@
 """FT-SAM: fine-tuning with sharpness-aware minimization (Zhu et al., ICCV 2023).
 
-Plain fine-tuning hardly moves the neurons of large norm, among them the backdoor's. Here each step takes the gradient
-where the loss is worst nearby, in a neighborhood that is wider for larger weights.
+Plain fine-tuning hardly changes neurons of large norm, among them the backdoor's. Each step here uses the gradient at
+the worst point of a neighborhood of the weights, which is wider for larger weights (adaptive SAM).
 """
 
 import contextlib
@@ -25,9 +25,9 @@ class Config:
     uses_labels: ClassVar[bool] = True
     data_rate: float = 0.05  # share of the training set that is clean data
     rho: float = 2.0  # radius of the neighborhood
-    smoothing: float = 0.1  # probability that the other classes share
-    lr: float = 0.01
-    lr_period: int = 200  # steps in which the rate goes down to 0 and up again, along a cosine
+    smoothing: float = 0.1  # label smoothing: the probability shared by the other classes
+    lr: float = 0.01  # cosine schedule
+    lr_period: int = 200  # steps from the largest rate down to 0 and up again
     momentum: float = 0.9
     weight_decay: float = 5e-4
     epochs: int = 100
@@ -36,7 +36,7 @@ class Config:
 
 
 class AdaptiveSAM(torch.optim.SGD):
-    """SGD that steps from w by the gradient found at w + e: after climb(), a second backward pass, then step().
+    """SGD at w with the gradient at w + e. Call climb() after a backward pass, and step() after a second one.
 
     e = rho * w^2 * g / (norm of |w| * g + 1e-12), over all parameters together, g being the gradient at w.
     """
@@ -56,7 +56,7 @@ class AdaptiveSAM(torch.optim.SGD):
 
     @torch.no_grad()
     def step(self, closure=None):
-        """Take the weights back to w, to the bit, and step by the gradient that lies in .grad."""
+        """Restore the weights w exactly, then take an SGD step by the gradient in .grad."""
         for p, old in self.before:
             p.copy_(old)
         self.before = []
@@ -65,7 +65,7 @@ class AdaptiveSAM(torch.optim.SGD):
 
 @contextlib.contextmanager
 def still_averages(net):
-    """Within this context, batch norm in train mode leaves its running averages as they are."""
+    """Within this context, batch norm in train mode does not update its running averages."""
     kept = [(m, m.momentum) for m in net.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
     for m, _ in kept:
         m.momentum = 0.0
@@ -90,7 +90,7 @@ def rate_at(step, config):
 def repair(model, images, labels, config=Config(), seed=0, dtype=torch.float32, callback=None, state=None):
     """Fine-tune a copy of `model` on clean images by adaptive SAM.
 
-    images: uint8 (N, 3, H, W); labels: int64 (N,), both on the model's device; dtype: what autocast computes in;
+    images: uint8 (N, 3, H, W); labels: int64 (N,), both on the model's device; dtype: autocast's;
     callback, state: see defenses/__init__.py; an epoch's figures are "loss", at w + e, and "accuracy", at w.
     Returns a Repaired.
     """

@@ -1,7 +1,8 @@
 """I-BAU: Implicit Backdoor Adversarial Unlearning (Zeng et al., ICLR 2022).
 
-A minimax: find the one perturbation of all clean images that changes most of the network's answers, then move the
-weights so that it no longer does, along the gradient that also counts how the perturbation follows the weights.
+A minimax problem: the inner one finds the universal perturbation that changes most predictions on clean images; the
+outer one updates the weights against it by the implicit hypergradient, which counts that the perturbation depends on
+the weights.
 """
 
 from dataclasses import dataclass
@@ -25,24 +26,24 @@ class Config:
     batch_size: int = 100
     epochs: int = 5  # the paper's rounds
     # the perturbation delta
-    delta_lr: float = 10.0  # of plain descent, one pass over the batches
+    delta_lr: float = 10.0  # of plain SGD, one pass over the batches
     penalty: float = 0.001  # weight of its squared norm
-    share: float = 0.01  # of a batch that carries it while the weights learn; one image at least
+    share: float = 0.01  # of a batch that gets delta in the outer loss, at least one image
     # the weights
     lr: float = 1e-3  # of Adam
-    inner_lr: float = 0.1  # of the step whose fixed point delta is taken for
-    terms: int = 5  # K, of the series for the inverse
+    inner_lr: float = 0.1  # of the inner step Phi, see hypergradient()
+    terms: int = 5  # K, terms of the Neumann series
 
 
 def inner_loss(net, delta, x, y, penalty):
-    """Return -CE(net(x + delta), y) + penalty * |delta|^2, what delta is to minimize."""
+    """Return the inner loss -CE(net(x + delta), y) + penalty * |delta|^2, which delta minimizes."""
     return penalty * delta.square().sum() - F.cross_entropy(forward(net, x + delta, torch.float32), y)
 
 
 def perturbation(net, batches, config):
-    """Return delta (1, 3, H, W): from 0, a step on each batch, away from what the network says without it.
+    """Return delta (1, 3, H, W): from 0, one SGD step per batch away from the network's own predictions.
 
-    batches: [(float images (B, 3, H, W), labels)]. Nothing clamps it.
+    batches: [(float images (B, 3, H, W), labels)]. delta is not clamped.
     """
     delta = torch.zeros_like(batches[0][0][:1])
     for x, _ in batches:
@@ -55,11 +56,11 @@ def perturbation(net, batches, config):
 
 
 def hypergradient(outer, inner, delta, weights, inner_lr, terms):
-    """Return (outer loss, its gradients by `weights`, the way by which delta follows them included).
+    """Return (outer loss, its hypergradients by `weights`, which count that delta depends on the weights).
 
-    outer, inner: delta to a scalar loss, functions of `weights`, too. With Phi = delta - inner_lr * d inner / d delta,
-    whose fixed point delta is taken for, the gradient is d outer / d weights + v dPhi / d weights, where v is the sum
-    of the first `terms` of d outer / d delta * (dPhi / d delta)^j, j = 0, 1, ...
+    outer, inner: delta to a scalar loss that also depends on `weights`. Phi = delta - inner_lr * d inner / d delta, and
+    delta is taken to be its fixed point. The hypergradient is d outer / d weights + v dPhi / d weights, where v is the
+    sum over j < terms of d outer / d delta * (dPhi / d delta)^j.
     """
     delta = delta.detach().requires_grad_()
     loss = outer(delta)
@@ -74,13 +75,13 @@ def hypergradient(outer, inner, delta, weights, inner_lr, terms):
 
 
 def repair(model, images, labels, config=Config(), seed=0, dtype=torch.float32, callback=None, state=None):
-    """Unlearn, in 5 rounds, the perturbations to which a copy of `model` is weakest.
+    """Find and unlearn a universal perturbation of a copy of `model`, in 5 rounds.
 
-    Batch norm stays in eval mode: its statistics are the victim's, its weights learn. Batches are drawn once, without
-    augmentation; the inner step is on the first of them.
-    images: uint8 (N, 3, H, W); labels: int64 (N,), both on the model's device; dtype: not looked at, second derivatives
-    are computed in fp32; callback, state: see defenses/__init__.py, over the rounds, whose figures are "loss" and
-    "delta", the norm of the perturbation. Returns a Repaired.
+    Batch norm is in eval mode: its statistics are fixed, its weights are trained. Batches are drawn once, without
+    augmentation; Phi is taken on the first of them.
+    images: uint8 (N, 3, H, W); labels: int64 (N,), both on the model's device; dtype: ignored, second derivatives need
+    fp32; callback, state: see defenses/__init__.py; an epoch is a round, its figures are "loss" and "delta", the norm
+    of the perturbation. Returns a Repaired.
     """
     del dtype
     net = training_copy(model, torch.float32).eval()

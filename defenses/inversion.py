@@ -1,8 +1,7 @@
-"""Trigger inversion, the half of Neural Cleanse that detects (Wang et al., IEEE S&P 2019).
+"""Trigger inversion, the detection part of Neural Cleanse (Wang et al., IEEE S&P 2019).
 
-From any image the target class of a backdoor is reached by a change abnormally small: the trigger. So the smallest
-patch that leads every image to a class is searched for, class by class; a class whose patch is small beyond what the
-others' vary is the target of a backdoor. A trigger that covers the whole image is no patch, and escapes.
+For each class the search finds the smallest patch that makes the network classify every image as that class. A class
+whose patch is abnormally small is suspected to be a backdoor's target. A trigger that covers the whole image escapes.
 """
 
 import statistics
@@ -23,17 +22,17 @@ class Config:
 
     search_lr: float = 0.1  # of Adam
     search_betas: tuple[float, float] = (0.5, 0.9)
-    search_batch: int = 100  # images of a step
-    search_steps: int = 1000  # of a class, at most
-    success: float = 0.99  # share of a batch that a patch must lead to the class to count
-    lam: float = 1e-3  # lambda, the weight of the mask's L1 norm, at first
-    lam_up: float = 2.0  # its factor after `patience` steps in a row that succeed,
-    lam_down: float = 2.0**1.5  # and its divisor after as many that do not
+    search_batch: int = 100  # images per step
+    search_steps: int = 1000  # per class, at most
+    success: float = 0.99  # a patch counts if this share of the batch is classified as the class
+    lam: float = 1e-3  # initial lambda, the weight of the mask's L1 norm
+    lam_up: float = 2.0  # factor on lambda after `patience` successful steps in a row
+    lam_down: float = 2.0**1.5  # divisor of lambda after as many unsuccessful ones
     patience: int = 5
-    stop_after: int = 25  # steps without a better patch, once lambda has moved both ways
-    better: float = 0.99  # a norm below this share of the best one is better
-    anomaly: float = 2.0  # index above which a class is suspicious
-    mad_scale: float = 1.4826  # MAD of a normal distribution to its standard deviation
+    stop_after: int = 25  # steps without a better patch that end a search, once lambda has gone up and down
+    better: float = 0.99  # a patch is better if its norm is below this share of the smallest
+    anomaly: float = 2.0  # a class is suspicious above this index
+    mad_scale: float = 1.4826  # factor from the MAD of a normal distribution to its standard deviation
 
 
 def stamp(x, mask, pattern):
@@ -42,9 +41,10 @@ def stamp(x, mask, pattern):
 
 
 class Pressure:
-    """How lambda, the weight of the mask's norm, goes, and when a search ends.
+    """The schedule of lambda, the weight of the mask's norm, and the end of a search.
 
-    lam: lambda now; smallest: the least norm of a patch that succeeded, infinity before; over: whether the search is.
+    lam: the current lambda; smallest: smallest norm of a patch that counts, infinity before there is one; over: whether
+    the search has ended.
     """
 
     def __init__(self, config):
@@ -52,7 +52,7 @@ class Pressure:
         self.ups, self.downs, self.moved, self.stale = 0, 0, set(), 0
 
     def update(self, success, norm):
-        """Take in a step's share of success and norm of the mask; return whether its patch is the best so far."""
+        """Update by a step's success rate and norm of the mask; return whether its patch is the best so far."""
         met = success >= self.config.success
         self.stale = 0 if met and norm < self.config.better * self.smallest else self.stale + 1
         best = met and norm < self.smallest
@@ -70,10 +70,10 @@ class Pressure:
 
 
 def invert(net, images, target, config, generator, dtype=torch.float32):
-    """Return the smallest patch found that leads images to `target`: (patch (1 + C, H, W), L1 norm of its mask).
+    """Return the smallest patch found for class `target`: (patch (1 + C, H, W), L1 norm of its mask).
 
-    net: frozen, in eval mode; images: uint8 (N, C, H, W) of any class; generator: on the CPU. The patch, the mask and
-    then the pattern, is float32 in [0, 1] on the CPU. Where none leads as many images there as count, it is the last.
+    net: frozen, in eval mode; images: uint8 (N, C, H, W) of any class; generator: on the CPU. The patch is the mask and
+    then the pattern, float32 in [0, 1] on the CPU. If no patch counts (Config.success), it is that of the last step.
     """
     n, colors, h, w = images.shape
     raw = torch.atanh((torch.rand(1 + colors, h, w, generator=generator) - 0.5) * (2 - 1e-7)).to(images.device)
@@ -99,9 +99,9 @@ def invert(net, images, target, config, generator, dtype=torch.float32):
 def search(model, images, config=Config(), seed=0, dtype=torch.float32, callback=None, state=None):
     """Return the smallest patch for each class: {"patches": float32 (classes, 1 + C, H, W), "norms": [L1 of its mask]}.
 
-    model: images in [0, 1] to logits, of any number of classes; images: uint8 (N, C, H, W) on its device, without
-    labels; callback: called after each class with {"norm"} and a function that returns the state, which, given as
-    `state`, goes on with the next class.
+    model: images in [0, 1] to logits, of any number of classes; images: uint8 (N, C, H, W) on its device; callback:
+    called after each class with {"norm"} and a function that returns the state; called with that as `state`, the search
+    resumes with the next class.
     """
     net = training_copy(model, dtype).requires_grad_(False).eval()
     with torch.no_grad():
@@ -120,9 +120,8 @@ def search(model, images, config=Config(), seed=0, dtype=torch.float32, callback
 def anomalies(norms, config=Config()):
     """Return (suspicious classes, anomaly index of each class): list of int, list of float.
 
-    index = |norm - median| / (1.4826 MAD), MAD being the median of |norm - median|; the median of an even number of
-    values is the mean of the two in the middle. A class is suspicious where index > 2 and norm < median. Where MAD is
-    0, all indices are 0.
+    index = |norm - median| / (1.4826 MAD), MAD = median of |norm - median|; the median of an even number of values is
+    the mean of the middle two. A class is suspicious if index > 2 and norm < median. If MAD is 0, all indices are 0.
     """
     middle = statistics.median(norms)
     distance = [abs(norm - middle) for norm in norms]

@@ -1,4 +1,4 @@
-"""MixMatch (Berthelot et al., NeurIPS 2019): guessed labels, sharpened; everything mixed with everything."""
+"""MixMatch (Berthelot et al., NeurIPS 2019): sharpened guessed labels, and mixup over labeled and unlabeled images."""
 
 import torch
 import torch.nn.functional as F
@@ -19,13 +19,13 @@ def guess(logits, temperature):
 
 
 def mix(x, targets, weight, order):
-    """Return (weight x + (1 - weight) x[order], the same of the targets); weight in [0.5, 1]: nearer to itself."""
+    """Return (weight x + (1 - weight) x[order], the same for the targets); weight in [0.5, 1]."""
     return weight * x + (1 - weight) * x[order], weight * targets + (1 - weight) * targets[order]
 
 
 def draw_weight(alpha, generator):
-    """Return max(w, 1 - w) of a w from Beta(alpha, alpha), a float."""
-    # two gammas, as torch's Beta takes no generator
+    """Return max(w, 1 - w) as a float, with w drawn from Beta(alpha, alpha)."""
+    # by two gammas, because torch's Beta takes no generator
     a, b = torch._standard_gamma(torch.full((2,), alpha, dtype=torch.float64), generator=generator).tolist()
     w = a / (a + b)
     return max(w, 1 - w)

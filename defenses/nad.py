@@ -1,10 +1,9 @@
 """NAD: Neural Attention Distillation (Li et al., ICLR 2021).
 
-The victim is fine-tuned twice. The first copy, the teacher, shows where it looks: the attention maps of its last
-stages. The second, the student, is fine-tuned while its maps are drawn to the teacher's.
+Two copies of the victim are fine-tuned, first the teacher, then the student. The student's loss has a term that pulls
+the attention maps of its last stages to the teacher's.
 
-The published code keeps the student of the best test figures; here the number of epochs is fixed and the last one is
-kept.
+The published code keeps the student with the best test figures; here the last epoch is kept.
 """
 
 import copy
@@ -28,7 +27,7 @@ class Config:
 
     uses_labels: ClassVar[bool] = True
     data_rate: float = 0.05  # share of the training set that is clean data
-    beta: tuple[float, ...] = (500.0, 1000.0, 1000.0)  # weights of the last stages' distances, in forward order
+    beta: tuple[float, ...] = (500.0, 1000.0, 1000.0)  # weights of the last stages' attention terms, in forward order
     lr: float = 0.01
     momentum: float = 0.9
     weight_decay: float = 5e-4
@@ -41,9 +40,9 @@ class Config:
 def stage_ends(sites, count):
     """Return the activation sites at which the last `count` stages end, in forward order.
 
-    A stage is what computes maps of one size, above 1 x 1. It ends at the last activation of that size among those of
-    most channels: a bottleneck's first activation is of the size before it, but narrower. sites: {site: shape}, see
-    models.activation_sites(). Raises ValueError where there are fewer stages.
+    A stage is the part of the network with maps of one size, above 1 x 1. It ends at the last activation of that size
+    with the most channels; the narrower first activation of a bottleneck, which has the previous stage's size, does not
+    count. sites: {site: shape}, see models.activation_sites(). Raises ValueError where there are fewer stages.
     """
     ends = {}
     for name, (channels, *size) in sites.items():
@@ -77,11 +76,11 @@ def with_maps(net, sites, ends, x, dtype):
 
 
 def repair(model, images, labels, config=Config(), seed=0, dtype=torch.float32, callback=None, state=None):
-    """Fine-tune a teacher, then a student, both from the victim, the student drawn to the teacher's attention maps.
+    """Fine-tune a teacher, then a student, both from the victim.
 
-    Loss of the student: CE + sum over stages of beta * mean squared difference of the two maps; the teacher is frozen
-    and in eval mode. images: uint8 (N, 3, H, W); labels: int64 (N,), both on the model's device; dtype: what autocast
-    computes in; callback, state: see defenses/__init__.py, over the epochs of the teacher and then of the student; an
+    Loss of the student: CE + sum over stages of beta * mean squared difference of the two attention maps; the teacher
+    is then frozen and in eval mode. images: uint8 (N, 3, H, W); labels: int64 (N,), both on the model's device; dtype:
+    autocast's; callback, state: see defenses/__init__.py, over the epochs of the teacher and then of the student; an
     epoch's figures are "teacher_loss" and "teacher_accuracy", then "loss" and "accuracy". Returns a Repaired.
     Raises ValueError for a network with too few stages.
     """
@@ -92,7 +91,7 @@ def repair(model, images, labels, config=Config(), seed=0, dtype=torch.float32, 
     def tune(name, epochs, loss_of, figures, found):
         """Fine-tune a copy of the victim by loss_of(net, images, labels) to (loss, logits); return (net, history).
 
-        name: of its state; figures: names of the two; found: what is known before it, kept along.
+        name: of its entry in the state; figures: names of loss and accuracy; found: further entries of the state.
         """
         net = training_copy(model, dtype).train()
         optimizer = torch.optim.SGD(net.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay)

@@ -1,7 +1,7 @@
 """NC: Neural Cleanse (Wang et al., IEEE S&P 2019).
 
-The smallest patch that leads every image to a class is searched for, class by class (inversion.py). Where a class's
-patch is abnormally small, it is taken for the trigger: stamped on images with their true labels, it is unlearned.
+The smallest patch that leads to each class is searched (inversion.py). An abnormally small one is taken for the trigger
+and unlearned: the network is fine-tuned on clean images, some stamped with it, with their true labels.
 """
 
 from dataclasses import dataclass
@@ -17,15 +17,15 @@ from .common import Repaired
 
 @dataclass(frozen=True)
 class Config(inversion.Config, finetune.Config):
-    """The constants of NC: those of the search, and of unlearning by fine-tuning."""
+    """The constants of NC: those of the search, and those of unlearning by fine-tuning."""
 
-    stamped_share: float = 0.2  # of the clean images; they are stamped once per suspicious class
+    stamped_share: float = 0.2  # of the clean images, stamped once per suspicious class
 
 
 def stamped_set(images, labels, patches, share, seed):
-    """Return (images, labels) in which a random share of the images is stamped, once per patch, its labels unchanged.
+    """Return (images, labels) with a random share of the images replaced by P stamped copies, labels unchanged.
 
-    images: uint8 (N, C, H, W); patches: (P, 1 + C, H, W); (1 - share) N + P share N images come out.
+    images: uint8 (N, C, H, W); patches: (P, 1 + C, H, W). Returns (1 - share) N + P share N images.
     """
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed)).to(images.device)
     n = round(share * len(images))
@@ -36,11 +36,11 @@ def stamped_set(images, labels, patches, share, seed):
 
 
 def repair(model, images, labels, config=Config(), seed=0, dtype=torch.float32, callback=None, state=None):
-    """Search each class's patch, and unlearn those of the suspicious classes; without one the network stays as it is.
+    """Search the patch of each class, and unlearn those of suspicious classes; if none is, the network is unchanged.
 
-    images: uint8 (N, 3, H, W); labels: int64 (N,), both on the model's device; dtype: what autocast computes in;
-    callback, state: see defenses/__init__.py, over the classes searched and then the epochs of unlearning. Returns a
-    Repaired whose findings are the suspicious classes, and the norm and anomaly index of each class.
+    images: uint8 (N, 3, H, W); labels: int64 (N,), both on the model's device; dtype: autocast's; callback, state: see
+    defenses/__init__.py, over the classes searched and then the epochs of unlearning. Returns a Repaired whose findings
+    are the suspicious classes, and the norm and anomaly index of each class.
     """
     state = {} if state is None else state
     keep = callback and (lambda now, state_of: callback(now, lambda: {"search": state_of()}))

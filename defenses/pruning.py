@@ -1,4 +1,4 @@
-"""What the defenses that prune share: the channels of batch norms, images held out, the choice of a threshold."""
+"""What the pruning defenses share: the channels of batch norms, held-out images, the choice of a threshold."""
 
 import copy
 
@@ -11,9 +11,9 @@ import utils
 
 
 class Channels:
-    """All channels of a network's batch norms, end to end in one vector.
+    """All channels of a network's batch norms, concatenated.
 
-    gamma, beta: float32 (n,), their scales and shifts as they were. Raises ValueError where there is none.
+    gamma, beta: float32 (n,), the scales and shifts of `model`. Raises ValueError for a network without batch norm.
     """
 
     def __init__(self, model):
@@ -42,10 +42,10 @@ class Channels:
         return net
 
     def most_aggressive(self, model, masks, thresholds, max_drop, images, labels, dtype):
-        """Prune by the largest of the thresholds that leaves more than 1 - max_drop of the accuracy on images held out.
+        """Prune by the largest threshold that keeps more than 1 - max_drop of the accuracy on held-out images.
 
-        Returns (pruned copy of `model`, findings: the outcome, the threshold, the accuracies before and after). Where
-        none does, the copy is unpruned and the threshold None.
+        Returns (pruned copy of `model`, findings: the outcome, the threshold, the accuracies before and after). If no
+        threshold does, the copy is unpruned and the threshold None.
         """
         net, best = copy.deepcopy(model).eval(), None
         before = after = accuracy(net, images, labels, dtype)
@@ -62,7 +62,7 @@ class Channels:
 
 
 class Masks(nn.Module):
-    """One factor per channel, `values` (n,), 1 at the start."""
+    """A trainable factor per channel, `values` (n,), initially 1."""
 
     def __init__(self, channels):
         super().__init__()
@@ -76,16 +76,16 @@ class Masks(nn.Module):
 
 
 def forward_with(net, parameters, x, dtype):
-    """Return the float32 logits that `net` has with other parameters, {path: tensor}; its buffers are its own."""
+    """Return the float32 logits of `net` with other parameters, {path: tensor}, and its own buffers."""
     with utils.autocast(x.device, dtype):
         x = x.contiguous(memory_format=fast.training_layout(net))
         return torch.func.functional_call(net, parameters, (x,)).float()
 
 
 def held_out(labels, share):
-    """Return (indices that learn, indices that validate): of each class the last ones, in the order given, validate.
+    """Return (training indices, held-out indices): the last `share` of each class is held out.
 
-    labels: int64 (N,). Of the images that defend.py gives, with a share of 0.2, these are UNIT's validation images.
+    labels: int64 (N,). Of the images that defend.py passes, a share of 0.2 holds out UNIT's validation images.
     Raises ValueError where either would be empty.
     """
     learn, valid = [], []

@@ -1,7 +1,7 @@
 """RNP: reconstructive neuron pruning (Li et al., ICML 2023).
 
-A network that has unlearned the clean task holds on to its backdoor. Filters recover the clean task under masks, one
-per channel of batch norm: those of the backdoor are in the way, their masks fall, and the victim is pruned there.
+A network that has unlearned the clean task keeps its backdoor. Masks, one per channel of batch norm, are then trained
+to recover the clean task: those of backdoor channels fall, and the victim is pruned there.
 """
 
 import copy
@@ -27,27 +27,27 @@ class Config:
     batch_size: int = 128
     flip: bool = True  # whether augmentation mirrors the images
     momentum: float = 0.9
-    # unlearning, as ulrl.unlearn() has it
-    unlearn_images: int = 500  # of the clean images; an epoch over more oversteps the accuracy at which it ends
+    # unlearning, see ulrl.unlearn()
+    unlearn_images: int = 500  # of the clean images; an epoch over more goes far below stop_accuracy
     unlearn_lr: float = 0.01
     unlearn_weight_decay: float = 5e-4
     unlearn_epochs: int = 20  # at most
-    unlearn_lr_drop: int = 10  # epochs after which the rate is multiplied by
+    unlearn_lr_drop: int = 10  # epochs between multiplications of the rate by unlearn_lr_factor
     unlearn_lr_factor: float = 0.1
-    clip_norm: float | None = None  # of the gradient; the authors' own clipping comes too early to act
-    stop_accuracy: float = 0.20  # on the clean images, at or under which unlearning ends
+    clip_norm: float | None = None  # of the gradient; the authors clip before the backward pass, which has no effect
+    stop_accuracy: float = 0.20  # unlearning ends at or below this accuracy on the clean images
     # recovering
     recover_lr: float = 0.2  # of the masks
     recover_epochs: int = 20
     loss_weight: float = 0.2
-    # pruning: the largest of the thresholds that keeps the accuracy on the images held out
+    # pruning: the largest threshold that keeps the accuracy on the held-out images
     thresholds: tuple[float, ...] = tuple(k / 20 for k in range(19))  # 0, 0.05, ..., 0.9
     valid_share: float = 0.2  # of the clean images, held out
-    max_drop: float = 0.10  # of the victim's accuracy on them, as a share of it
+    max_drop: float = 0.10  # relative loss of the victim's accuracy on them
 
 
 def recover(net, images, labels, config, generator, dtype=torch.float32, callback=None, state=None):
-    """Learn masks on the channels of the unlearned `net` by descent on its cross-entropy; return (values, history).
+    """Train masks on the channels of the unlearned `net` by its cross-entropy; return (values, history).
 
     values: (n,) in [0, 1], in the order of pruning.Channels.
     """
@@ -68,22 +68,22 @@ def recover(net, images, labels, config, generator, dtype=torch.float32, callbac
 
 
 def repair(model, images, labels, config=Config(), seed=0, dtype=torch.float32, callback=None, state=None):
-    """Unlearn the clean task, recover it by masks, and prune a copy of the victim where they ended low: gamma = 0.
+    """Unlearn the clean task, recover it by masks, and set gamma = 0 in a copy of the victim where a mask ends low.
 
     images: uint8 (N, 3, H, W); labels: int64 (N,), both on the model's device; a fifth of them is held out to choose
-    the threshold, which the authors choose on test images. dtype: what autocast computes in; callback, state: see
+    the threshold, which the authors choose on test images. dtype: autocast's; callback, state: see
     defenses/__init__.py, over the epochs of unlearning and then of recovering. Returns a Repaired whose findings are
-    the threshold and the accuracies on the images held out.
+    the threshold and the held-out accuracies, and whether unlearning reached stop_accuracy.
     Raises ValueError for a network without batch norm, and for too few images.
     """
     state = {} if state is None else state
     channels = Channels(model)
     learn, valid = held_out(labels, config.valid_share)
-    some = learn[:: max(1, len(learn) // config.unlearn_images)]  # of each class alike, for they lie class by class
+    some = learn[:: max(1, len(learn) // config.unlearn_images)]  # the order is by class: equally many of each
     how = config, torch.Generator().manual_seed(seed), dtype
 
     def callback_of(name, found):
-        """Return the callback of one of the two trainings; found: what is known before it."""
+        """Return the callback of one of the two trainings; found: further entries of the state."""
         if callback is None:
             return None
         return lambda now, state_of: callback(now, lambda: {**found, name: state_of()})
@@ -99,5 +99,5 @@ def repair(model, images, labels, config=Config(), seed=0, dtype=torch.float32, 
     net, findings = channels.most_aggressive(model, masks, *how)
     findings["unlearned"] = found["before"]["unlearn_accuracy"][-1] <= config.stop_accuracy
     if not findings["unlearned"]:
-        findings["outcome"] += "; unlearning ended early"
+        findings["outcome"] += f"; unlearning did not reach {config.stop_accuracy:.0%} accuracy"
     return Repaired(net, found["before"] | after, findings)

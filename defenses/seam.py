@@ -1,6 +1,6 @@
 """SEAM: selective amnesia by random labels (Zhu et al., IEEE S&P 2023).
 
-Trained on random labels, a network forgets its task and its backdoor alike; clean labels then bring back the task
+Training on random labels makes a network forget both its task and its backdoor; clean labels then restore the task
 alone.
 """
 
@@ -25,27 +25,27 @@ class Config:
     momentum: float = 0.9
     weight_decay: float = 5e-4
     # forgetting
-    forget_per_class: int = 5  # images, all of them one batch
+    forget_per_class: int = 5  # images; those of all classes are one batch
     forget_epochs: int = 100  # at most; one step each
-    stop_accuracy: float = 0.20  # on their true labels, under which forgetting ends
+    stop_accuracy: float = 0.20  # forgetting ends below this accuracy on their true labels
     # recovering
     epochs: int = 10
-    lr_drop: int = 2  # epochs after which the rate is multiplied, each time, by
+    lr_drop: int = 2  # epochs between multiplications of the rate by lr_factor
     lr_factor: float = 0.1
     batch_size: int = 128
     flip: bool = True  # whether augmentation mirrors the images
 
 
 def repair(model, images, labels, config=Config(), seed=0, dtype=torch.float32, callback=None, state=None):
-    """Let a copy of `model` forget what it knows, then learn the clean images again.
+    """Let a copy of `model` forget by random labels, then recover on the clean images.
 
-    Forgetting: steps on the first 5 images of each class, cropped and flipped anew, with labels drawn anew from all
-    classes each time, until before a step fewer than 20 % of them get their true label in train mode. Recovering: 10
-    epochs over all images by the same optimizer.
-    images: uint8 (N, 3, H, W); labels: int64 (N,), both on the model's device; dtype: what autocast computes in;
-    callback, state: see defenses/__init__.py, over the steps of forgetting and then the epochs of recovering, whose
-    figures are "forget_loss" and "forget_accuracy", then "loss" and "accuracy". Returns a Repaired whose finding
-    `forgotten` says whether forgetting reached its end.
+    Forgetting: steps on the first 5 images of each class, augmented and randomly labeled afresh at each step, until the
+    accuracy on the true labels in a step's forward pass (train mode) is below 20 %. Recovering: 10 epochs over all
+    images by the same optimizer.
+    images: uint8 (N, 3, H, W); labels: int64 (N,), both on the model's device; dtype: autocast's; callback, state: see
+    defenses/__init__.py, over the steps of forgetting and then the epochs of recovering, whose figures are
+    "forget_loss" and "forget_accuracy", then "loss" and "accuracy". Returns a Repaired whose finding `forgotten` tells
+    whether forgetting reached that accuracy.
     """
     net = training_copy(model, dtype).train()
     optimizer = torch.optim.SGD(net.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay)

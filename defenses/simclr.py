@@ -1,7 +1,7 @@
-"""SimCLR (Chen et al., ICML 2020): two views of each image are drawn, and have to be found again among all others.
+"""SimCLR (Chen et al., ICML 2020): random views of images, the projection head and the NT-Xent loss.
 
-Everything works on the batch, on the images' device, with a decision of its own for each image; only the order of the
-color changes is drawn per batch.
+Views are computed on the batch, on its device. Parameters are drawn per image; only the order of the color changes is
+drawn per batch.
 """
 
 import math
@@ -15,7 +15,7 @@ GRAY = (0.299, 0.587, 0.114)  # weights of red, green, blue
 
 
 class Projection(nn.Module):
-    """The head that is thrown away after contrastive learning: features (N, dim) to unit vectors (N, out)."""
+    """The projection head, used in stage 1 of DBD alone: features (N, dim) to unit vectors (N, out)."""
 
     def __init__(self, dim, out):
         super().__init__()
@@ -27,11 +27,11 @@ class Projection(nn.Module):
 
 
 def nt_xent(a, b, temperature):
-    """Return (loss, bool (N,) whether the nearest other view of each first view is its twin).
+    """Return (NT-Xent loss, bool (N,) whether the nearest other view of each first view is its second view).
 
     a, b: unit vectors (N, D), the first and the second views of N images. Only the first views are anchors, as in
-    DBD's code. Each has to tell its twin among the 2N - 1 other views: cross-entropy over the similarities divided by
-    the temperature, mean over the N anchors.
+    DBD's code. The loss is the cross-entropy of the second view among the 2N - 1 other views, over the similarities
+    divided by the temperature; the mean over the N anchors.
     """
     similarity = a @ torch.cat((a, b)).T / temperature  # (N, 2N)
     similarity.fill_diagonal_(-math.inf)  # of each anchor with itself
@@ -41,9 +41,9 @@ def nt_xent(a, b, temperature):
 
 @dataclass(frozen=True)
 class Views:
-    """The constants of a random view, and of the head on top."""
+    """The constants of a random view, and of the projection head."""
 
-    crop_area: tuple[float, float] = (0.2, 1.0)  # share of the image, scaled back to its size
+    crop_area: tuple[float, float] = (0.2, 1.0)  # share of the image, resized to the full size
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width / height
     flip_p: float = 0.5
     jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.4, 0.1)  # of brightness, contrast, saturation, hue
@@ -76,10 +76,10 @@ def view(x, generator, constants=Views()):
 
 
 def crop_and_flip(x, area, ratio, right, down, flip):
-    """Cut a box out of each image and scale it back to (H, W): (N, 3, H, W) in [0, 1] to the same.
+    """Crop a box of each image and resize it to (H, W): (N, 3, H, W) in [0, 1] to the same.
 
-    Interpolation is bicubic; what it overshoots is cut off. area: (N,), the box's share of the image; ratio: (N,), its
-    width / height; right, down: (N,) in [-1, 1], where it lies in the room that it has; flip: bool (N,), mirrors it.
+    Interpolation is bicubic, clamped to [0, 1]. area: (N,), the box's share of the image; ratio: (N,), its width /
+    height; right, down: (N,), its position, from -1 (left, top edge) to 1 (right, bottom edge); flip: bool (N,).
     """
     w, h = (area * ratio).sqrt().clamp_max(1), (area / ratio).sqrt().clamp_max(1)
     theta = x.new_zeros(len(x), 2, 3)
@@ -96,31 +96,31 @@ def gray(x):
 
 
 def brightness(x, factor):
-    """Multiply; factor: (N, 1, 1, 1)."""
+    """Multiply each image by its factor, (N, 1, 1, 1)."""
     return (x * factor).clamp(0, 1)
 
 
 def contrast(x, factor):
-    """Move each pixel away from the mean luminance of its image, or towards it; factor: (N, 1, 1, 1)."""
+    """Scale the difference of each pixel from its image's mean luminance; factor: (N, 1, 1, 1)."""
     middle = gray(x).mean((2, 3), keepdim=True)
     return (middle + (x - middle) * factor).clamp(0, 1)
 
 
 def saturation(x, factor):
-    """Move each pixel away from its own luminance, or towards it; factor: (N, 1, 1, 1)."""
+    """Scale the difference of each pixel from its own luminance; factor: (N, 1, 1, 1)."""
     own = gray(x)
     return (own + (x - own) * factor).clamp(0, 1)
 
 
 def hue(x, turn):
-    """Turn the hue by a share of the full circle; turn: (N, 1, 1, 1)."""
+    """Rotate the hue; turn: (N, 1, 1, 1), as a share of the full circle."""
     value, low = x.amax(1, keepdim=True), x.amin(1, keepdim=True)
     spread = value - low
     some = torch.where(spread > 0, spread, torch.ones_like(spread))
     r, g, b = (((value - c) / some) for c in x.split(1, 1))
     sixths = torch.where(x[:, :1] == value, b - g, torch.where(x[:, 1:2] == value, 2 + r - b, 4 + g - r))
     angle = torch.where(spread > 0, sixths, torch.zeros_like(sixths)) + 6 * turn
-    # each channel as a function of the angle: full, falling, none, rising
+    # each channel is a piecewise linear function of the angle
     parts = []
     for start in (5, 3, 1):
         k = (start + angle) % 6

@@ -1,7 +1,7 @@
-"""ULRL: UnLearn and ReLearn (2024).
+"""ULRL: UnLearn and ReLearn (Min et al., 2024).
 
-Unlearning the clean task moves the output neuron of the backdoor's target most. Its row of the linear layer is then
-drawn anew and learned again, away from where it was.
+Unlearning the clean task changes the output neuron of the backdoor's target most. Its row of the linear layer is then
+re-initialized and relearned, pushed away from the original.
 """
 
 import math
@@ -29,23 +29,23 @@ class Config:
     unlearn_lr: float = 0.01
     unlearn_weight_decay: float = 5e-4
     unlearn_epochs: int = 20  # at most
-    unlearn_lr_drop: int = 10  # epochs after which the rate is multiplied by
+    unlearn_lr_drop: int = 10  # epochs between multiplications of the rate by unlearn_lr_factor
     unlearn_lr_factor: float = 0.1
     clip_norm: float = 20.0  # of the gradient
-    stop_accuracy: float = 0.20  # on the clean images, at or under which unlearning ends
-    # which rows are suspicious
+    stop_accuracy: float = 0.20  # unlearning ends at or below this accuracy on the clean images
+    # suspicious rows
     z_threshold: float = 3.5
-    mad_scale: float = 1.4826  # MAD of a normal distribution to its standard deviation
-    max_suspicious: int = 2  # the first ones, by class
+    mad_scale: float = 1.4826  # factor from the MAD of a normal distribution to its standard deviation
+    max_suspicious: int = 2  # those of the lowest class index
     # relearning
-    redraw_gain: float = 2.0  # a fresh row is uniform in +-sqrt(gain / fan_in)
-    relearn_lr: float = 0.005  # falls along a cosine
+    redraw_gain: float = 2.0  # a re-initialized row is uniform in +-sqrt(gain / fan_in)
+    relearn_lr: float = 0.005  # cosine schedule
     relearn_epochs: int = 20
     dissimilarity: float = 0.7  # weight of the cosine term
 
 
 def unlearn(model, images, labels, config, generator, dtype=torch.float32, callback=None, state=None):
-    """Climb the cross-entropy on the clean images; return (the network that results, history)."""
+    """Maximize the cross-entropy of a copy of `model` on the clean images; return (that network, history)."""
     net = training_copy(model, dtype).train()
     optimizer = torch.optim.SGD(
         net.parameters(), lr=config.unlearn_lr, momentum=config.momentum, weight_decay=config.unlearn_weight_decay
@@ -65,16 +65,16 @@ def unlearn(model, images, labels, config, generator, dtype=torch.float32, callb
 
 
 def suspicious_rows(change, config=Config()):
-    """Return (rows whose change stands out upwards, robust z-scores): list of int, at most two; list of float.
+    """Return (suspicious rows, robust z-scores): list of int, at most two; list of float.
 
-    change: (classes,), c, the sum of |weight change| over each row. z = |c - median| / (1.4826 MAD), where the median
-    of an even number of values is the lower of the two in the middle, as in MAD, the median of |c - median|.
-    A row is suspicious where z > 3.5 and c > median. Of more than two, those of the lowest class stay, not those of the
-    largest z. Where MAD is 0, all z are 0 and no row is suspicious. Raises ValueError for NaN or infinity.
+    change: (classes,), c, the sum of |weight change| over each row. z = |c - median| / (1.4826 MAD), MAD = median of
+    |c - median|; the median of an even number of values is the lower of the middle two.
+    A row is suspicious if z > 3.5 and c > median. Of more than two, those of the lowest class index are kept, not those
+    of the largest z. If MAD is 0, all z are 0 and no row is suspicious. Raises ValueError for NaN or infinity.
     """
     change = change.cpu().double()
     if not change.isfinite().all():
-        raise ValueError("unlearning ended in weights that are NaN or infinite")
+        raise ValueError("unlearning has made weights NaN or infinite")
     middle = change.median()  # torch takes the lower of the two in the middle
     distance = (change - middle).abs()
     spread = config.mad_scale * distance.median()
@@ -85,7 +85,7 @@ def suspicious_rows(change, config=Config()):
 
 @torch.no_grad()
 def redraw_rows(linear, rows, generator, gain=2.0):
-    """Draw rows of a linear layer anew in place: uniform in +-sqrt(gain / fan_in), bias 0."""
+    """Re-initialize rows of a linear layer in place: uniform in +-sqrt(gain / fan_in), bias 0."""
     limit = math.sqrt(gain / linear.in_features)
     for row in rows:
         fresh = torch.rand(linear.in_features, generator=generator) * 2 * limit - limit
@@ -95,7 +95,7 @@ def redraw_rows(linear, rows, generator, gain=2.0):
 
 
 def relearn(model, rows, images, labels, config, generator, dtype=torch.float32, callback=None, state=None):
-    """Train on from the victim's weights with the suspicious rows drawn anew and pushed away from the old ones.
+    """Fine-tune a copy of the victim whose suspicious rows are re-initialized and pushed away from the originals.
 
     Loss: cross-entropy + 0.7 * sum over suspicious rows of cos(row, original row). Returns (network, history).
     """
@@ -120,18 +120,18 @@ def relearn(model, rows, images, labels, config, generator, dtype=torch.float32,
 
 
 def repair(model, images, labels, config=Config(), seed=0, dtype=torch.float32, callback=None, state=None):
-    """Find the output neuron of the backdoor by unlearning, and learn it again.
+    """Find the backdoor's output neuron by unlearning, then relearn it in a copy of `model`.
 
-    images: uint8 (N, 3, H, W); labels: int64 (N,), both on the model's device; dtype: what autocast computes in;
-    callback, state: see defenses/__init__.py, over the epochs of unlearning and then of relearning.
-    Returns a Repaired whose findings name the suspicious rows (where there are none, relearning is plain fine-tuning),
-    the robust z-score of each row, and how unlearning ended. Raises ValueError when it ended in NaN or infinity.
+    images: uint8 (N, 3, H, W); labels: int64 (N,), both on the model's device; dtype: autocast's; callback, state: see
+    defenses/__init__.py, over the epochs of unlearning and then of relearning. Returns a Repaired whose findings are
+    the suspicious rows (if there is none, relearning is plain fine-tuning), the robust z-score of each row, and whether
+    unlearning reached stop_accuracy. Raises ValueError if unlearning gives NaN or infinite weights.
     """
     state = {} if state is None else state
     how = images, labels, config, torch.Generator().manual_seed(seed), dtype
 
     def callback_of(name, found):
-        """Return the callback of one of the two trainings; found: what is known before it."""
+        """Return the callback of one of the two trainings; found: further entries of the state."""
         if callback is None:
             return None
         return lambda now, state_of: callback(now, lambda: {**found, name: state_of()})
@@ -151,6 +151,8 @@ def repair(model, images, labels, config=Config(), seed=0, dtype=torch.float32, 
         outcome = f"no row is suspicious (largest z {max(z):.2f}); relearning was fine-tuning"
     else:
         outcome = "no row is suspicious (MAD 0); relearning was fine-tuning"
-    findings = {"outcome": outcome if unlearned else f"{outcome}; unlearning ended early"}
+    if not unlearned:
+        outcome += f"; unlearning did not reach {config.stop_accuracy:.0%} accuracy"
+    findings = {"outcome": outcome}
     findings |= {"suspicious_rows": rows, "z": z, "unlearned": unlearned}
     return Repaired(net.eval(), before | after, findings)

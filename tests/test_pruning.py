@@ -276,7 +276,7 @@ def test_rnp_unlearns_on_some_of_the_images_unclipped_and_prunes_the_victim(smal
     assert seen["clip"] is None
     assert (repaired.model.bn.weight == 0).all()  # each mask is at most 1
     assert torch.equal(repaired.model.linear.weight, small.linear.weight)  # the victim's, not the unlearned network's
-    assert repaired.findings["outcome"].endswith("unlearning ended early")
+    assert repaired.findings["outcome"].endswith("unlearning did not reach 20% accuracy")
 
 
 # --- FP ---------------------------------------------------------------------------------------------------------------
