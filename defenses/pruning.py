@@ -91,7 +91,7 @@ def held_out(labels, share):
     learn, valid = [], []
     for c in labels.unique():
         index = (labels == c).nonzero()[:, 0]
-        n = len(index) - round(share * len(index))
+        n = int((1 - share) * len(index))
         learn.append(index[:n])
         valid.append(index[n:])
     learn, valid = torch.cat(learn), torch.cat(valid)

@@ -137,8 +137,10 @@ def test_a_network_without_batch_norm_is_refused(method, few):
         method.repair(BARE, *few)
 
 
-def test_what_is_held_out_is_what_unit_validates_on():
+@pytest.mark.parametrize("missing", [0, 3])
+def test_what_is_held_out_is_what_unit_validates_on(missing):
     images, labels = data.load_dataset("cifar10_sample", None, train=True)
+    labels = labels[missing * 10 :]  # classes of fewer images, not multiples of five
     train, valid = data.defense_split(labels, 1.0)
     given = torch.cat((train, valid))  # as defend.py gives them
     learn, held = pruning.held_out(labels[given], 0.2)
