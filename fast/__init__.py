@@ -1,9 +1,9 @@
-"""Faster code for what the plain path computes, equal to rounding. Nothing here changes a method.
+"""Faster code for what the plain path computes, equal up to rounding. Nothing here changes a method.
 
-search_network() is for UNIT; training_step(), training_copy() and training_layout() are for all that trains. The
-pieces: bf16 arithmetic, frozen weights, batch norm folded into the convolutions
-(folding), the clip in one pass forward and one back (clip; kernels on a GPU), matrix products for convolutions over
-small maps (products), whole passes recorded on a GPU (graphs), a run's images shared among processes (ranks).
+search_network() is for UNIT; training_step(), training_copy() and training_layout() are for training. The pieces: bf16
+arithmetic and frozen weights; batch norm folded into convolutions (folding); the clip in one pass over memory forward
+and one backward (clip, and kernels on a GPU); matrix products for convolutions with small outputs (products); CUDA
+graphs of whole passes (graphs); the images shared among processes (ranks).
 """
 
 import copy
@@ -26,11 +26,11 @@ __all__ = ["search_network", "training_copy", "training_layout", "training_step"
 def search_network(model, x, dtype, n_images, plain=False):
     """Return (frozen copy of `model` to search bounds on, {site: shape}, class of its clipping modules).
 
-    model: any network, see models.activation_sites(), which says what is raised; x: two images (N, 3, H, W) or more;
-    dtype: of its convolutions, activations and logits; n_images: that pass through it over all steps; plain: whether
-    to leave it at models.frozen_copy() and models.ClippedReLU, the reference.
-    In bf16 batch norm is folded where that gives the same function; in fp32 it stays, for the folded weights' rounding
-    shows late in a search. A network that does not cast its input to its weights' type computes under autocast.
+    model: any network that models.activation_sites() accepts, with the errors of that; x: two or more images
+    (N, 3, H, W); dtype: of its convolutions, activations and logits; n_images: forward passes over all steps, in
+    images; plain: True for the reference, models.frozen_copy() and models.ClippedReLU.
+    Batch norm is folded in bf16, where that gives the same function. It is not in fp32, where the rounding of folded
+    weights shows late in a search. A network that does not cast its input to its weights' type runs under autocast.
     """
     device = next(model.parameters()).device
     x, whole = to_float(x.to(device)), models.frozen_copy(model)
@@ -39,12 +39,12 @@ def search_network(model, x, dtype, n_images, plain=False):
     sites = models.activation_sites(whole, x)
     net = models.frozen_copy(whole, dtype)
     if not _takes(net, x):
-        return _Door(whole, device, dtype), sites, models.ClippedReLU
+        return _UnderAutocast(whole, device, dtype), sites, models.ClippedReLU
     if plain:
         return net, sites, models.ClippedReLU
     if dtype != torch.float32:
         folded = fold_batch_norm(copy.deepcopy(whole).cpu()).to(device)
-        # a network that does not run each batch norm right after the convolution registered before it stays as it is
+        # folding assumes that each batch norm runs right after the convolution registered before it
         with torch.no_grad():
             net = (
                 models.frozen_copy(folded, dtype) if torch.allclose(folded(x), whole(x), rtol=1e-3, atol=1e-3) else net
@@ -58,29 +58,29 @@ def search_network(model, x, dtype, n_images, plain=False):
 
 @torch.no_grad()
 def _keep_inputs(net, x):
-    """Let the modules of `net` that overwrite their input keep it, where the logits for x stay the same to the bit.
+    """Turn the in-place modules of `net` into ordinary ones, unless that changes its logits for x.
 
-    Each activation that is clipped in place of its input costs a pass over memory more.
+    Clipping an activation computed in place costs one more pass over memory.
     """
     before, changed = models.logits(net(x)), [m for m in net.modules() if getattr(m, "inplace", False) is True]
     for module in changed:
         module.inplace = False
-    if not torch.equal(models.logits(net(x)), before):  # what is overwritten is used again
+    if not torch.equal(models.logits(net(x)), before):  # the network uses an overwritten input again
         for module in changed:
             module.inplace = True
 
 
 @torch.no_grad()
 def _takes(net, x):
-    """Return whether `net` gives logits for x as it is, its layers in their own type, and no output object."""
+    """Return whether `net` takes x without autocast and returns a tensor."""
     try:
         return isinstance(net(x), torch.Tensor)
-    except RuntimeError:  # an input of another type than a layer's weights
+    except RuntimeError:  # the input has another type than a layer's weights
         return False
 
 
-class _Door(torch.nn.Module):
-    """A network that computes under autocast and gives logits, whatever it returns them in."""
+class _UnderAutocast(torch.nn.Module):
+    """Runs a network under autocast and returns its logits, see models.logits()."""
 
     def __init__(self, model, device, dtype):
         super().__init__()

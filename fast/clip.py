@@ -1,4 +1,4 @@
-"""The clipping activation and its gradients in few passes over memory; the same numbers as models.ClippedReLU."""
+"""The clipping activation and its gradients in few passes over memory; the same values as models.ClippedReLU."""
 
 import functools
 import shutil
@@ -14,22 +14,22 @@ from . import kernels
 
 
 def clip_layer(device, dtype, n_images):
-    """Return the class of the clipping activation for a search over n_images in all, steps counted.
+    """Return the class of the clipping activation for a search of n_images forward passes over all steps.
 
-    Its passes are compiled where that pays for the seconds it takes: in bf16 on a CPU that has a C++ compiler.
+    Its passes are compiled in bf16 on a CPU with a C++ compiler, if the search is long enough to gain from it.
     """
     compiled = dtype == torch.bfloat16 and device.type == "cpu" and can_compile() and n_images > 20_000
     return functools.partial(FastClippedReLU, compiled=compiled)
 
 
 def can_compile():
-    """Return whether torch.compile works for a CPU here: it needs a C++ compiler and Python's headers."""
+    """Return whether torch.compile can target this CPU: it needs a C++ compiler and Python's headers."""
     headers = Path(sysconfig.get_path("include"), "Python.h").exists()
     return headers and any(map(shutil.which, ("g++", "clang++")))
 
 
 class FastClippedReLU(models.ClippedReLU):
-    """min(ReLU(x), max(b, 0)); compiled: whether torch.compile makes one pass of each of its two functions."""
+    """min(ReLU(x), max(b, 0)); compiled: whether torch.compile fuses forward and backward into one pass each."""
 
     def __init__(self, bound, compiled=False):
         super().__init__(bound)
@@ -40,9 +40,9 @@ class FastClippedReLU(models.ClippedReLU):
 
 
 class _ReLUClip(torch.autograd.Function):
-    """The clip of x (N, C, H, W) or (N, F) at c, fp32 (C, H, W) or (F,).
+    """The clip of x (N, C, H, W) or (N, ...) at c, fp32 (C, H, W) or (...).
 
-    It works on flat rows (N, features) in the order in which they lie in memory.
+    It works on flat rows (N, features), for maps in channels-last order.
     """
 
     @staticmethod
@@ -70,12 +70,12 @@ def _clip(rows, level):
 
 
 def _gradients(grad, rows, level, to_rows=True):
-    """Return the gradients of _clip by rows, None unless to_rows, and by level, fp32 (F,), summed over the images.
+    """Return the gradients of _clip by rows (None unless to_rows) and by level, fp32 (F,), summed over the images.
 
-    At a tie, rows = level > 0, each gets half, as from torch.minimum.
+    At a tie, rows = level > 0, each of the two gets half, as in torch.minimum.
     """
-    above = torch.ops.aten.threshold_backward(grad, rows, 0)  # grad where rows > 0 and else 0, in one pass
-    twice = torch.addcmul(above, above, (rows - level).sign_())  # 2 grad beyond the level, grad at a tie, else 0
+    above = torch.ops.aten.threshold_backward(grad, rows, 0)  # grad where rows > 0, else 0, in one pass
+    twice = torch.addcmul(above, above, (rows - level).sign_())  # 2 grad above the level, grad at a tie, else 0
     return torch.add(above, twice, alpha=-0.5) if to_rows else None, twice.sum(0).float() / 2
 
 
@@ -85,13 +85,13 @@ def _compiled(function):
 
 
 def _rows(t):
-    """Return (N, C, H, W), channels last in memory, or (N, F) as (N, features)."""
-    return t.permute(0, 2, 3, 1).flatten(1) if t.dim() == 4 else t
+    """Return (N, C, H, W), channels last in memory, or (N, ...) as (N, features)."""
+    return (t.permute(0, 2, 3, 1) if t.dim() == 4 else t).flatten(1)
 
 
 def _unrows(rows, like):
-    """Return rows (N, features) as (N, C, H, W) with the C, H and W of `like`, or as they are if that is (N, F)."""
+    """Return rows (N, features) in the shape of `like` but for N: the inverse of _rows()."""
     if like.dim() != 4:
-        return rows
+        return rows.view(len(rows), *like.shape[1:])
     _, c, h, w = like.shape
     return rows.view(-1, h, w, c).permute(0, 3, 1, 2)

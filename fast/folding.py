@@ -1,4 +1,4 @@
-"""Batch norm folded into the convolution before it: the same function in eval mode, with fewer passes over memory."""
+"""Batch norm folded into the convolution before it: the same function in eval mode with fewer passes over memory."""
 
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
@@ -7,8 +7,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 def fold_batch_norm(model):
     """Fold every batch norm of `model`, on the CPU and in place, into the convolution registered just before it.
 
-    In double precision, so that each weight is rounded once. The networks of `models` register a batch norm right after
-    its convolution. Returns the model. Raises ValueError in training mode, where batch norm is no fixed scale.
+    It is computed in double precision, so that each weight is rounded once. The networks of `models` register a batch
+    norm right after its convolution. Returns the model. Raises ValueError in training mode.
     """
     if model.training:
         raise ValueError("batch norm can be folded in eval mode only; call model.eval() first")

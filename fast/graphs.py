@@ -1,4 +1,4 @@
-"""Whole passes recorded on a GPU as CUDA graphs: one launch instead of hundreds."""
+"""CUDA graphs of whole forward and backward passes: one launch instead of hundreds."""
 
 import copy
 
@@ -6,11 +6,11 @@ import torch
 
 
 def record_passes(net):
-    """Let forward and backward of `net`, in place, be replayed from a recording, one for each shape of its input.
+    """Replace forward and backward of `net`, in place, by CUDA graphs, one for each shape of the input.
 
-    Nothing is recorded while no parameter requires gradients, so that bounds may still be set. A pass must not
-    synchronize with the host. Parameters and buffers stay the same tensors; what the warm-up passes before a recording
-    do to batch norm's running statistics is undone.
+    Nothing is recorded while no parameter requires gradients, so bounds may still be set. A pass must not synchronize
+    with the host. Parameters and buffers stay the same tensors, and the effect of warm-up passes on batch norm's
+    running statistics is undone.
     """
     plain, recordings = net.forward, {}
 
@@ -27,7 +27,7 @@ def record_passes(net):
 
 
 def _recorded(net, x):
-    """Return a twin of `net` with the same parameters and buffers whose passes for inputs like x are recorded."""
+    """Return a copy of `net` that shares its parameters and buffers, with recorded passes for inputs like x."""
     shared = {id(t): t for t in (*net.parameters(), *net.buffers())}
     twin = copy.copy(net)
     del twin.forward

@@ -1,4 +1,4 @@
-"""The clip and its gradients on a GPU, each in one pass over memory: kernels in Triton, which comes with torch there.
+"""Triton kernels of the clip and its gradients, each in one pass over GPU memory.
 
 torch's own operations need two passes forward and six backward, and broadcast a bound over the images at half the
 memory bandwidth.
@@ -9,15 +9,15 @@ import torch
 try:
     import triton
     import triton.language as tl
-except ImportError:  # a torch for CPUs alone
+except ImportError:  # torch without CUDA
     triton = None
 
-ROWS, COLUMNS = 4, 1024  # images and neurons that a program holds at a time
-PROGRAMS = 2048  # wanted at least, to keep the GPU busy
+ROWS, COLUMNS = 4, 1024  # tile of a Triton program: images, neurons
+PROGRAMS = 2048  # smallest number of programs that keeps the GPU busy
 
 
 def available(device):
-    """Return whether there are such kernels for tensors on `device`."""
+    """Return whether these kernels work for tensors on `device`."""
     return device.type == "cuda" and triton is not None
 
 
@@ -33,7 +33,7 @@ def clip(rows, level):
 def clip_gradients(grad, rows, level, to_rows=True):
     """Return the gradients of clip() by rows, (N, F) or None unless to_rows, and by level, fp32 (F,).
 
-    The latter is summed over the images in fp32, always in the same order. At a tie each gets half.
+    The latter is summed over the images in fp32 in a fixed order. At a tie each of the two gets half.
     """
     grad, rows = grad.contiguous(), rows.contiguous()
     n, f = rows.shape

@@ -1,8 +1,8 @@
-"""Convolutions that end in small maps, computed as matrix products: the same sums, in another order.
+"""Convolutions with small output maps, computed as matrix products: the same sums in another order.
 
-For processors with AMX. There oneDNN (torch 2.13) runs the last stage of a ResNet-18, whose maps are 4x4, in bf16 at a
-third of a matrix product's speed forward and towards its input, and at a tenth towards its weights; in fp32 at two
-thirds.
+For processors with AMX. There oneDNN (torch 2.13) runs the last stage of a ResNet-18 (4x4 maps) in bf16 at a third of
+the speed of a matrix product in the forward pass and for the input's gradient, and at a tenth for the weights'; in fp32
+at two thirds.
 """
 
 import math
@@ -11,15 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-LARGEST = 4  # pixels a side, of the map that comes out; from 8 on products gain nothing
-FEWEST = 256  # channels that go in; from there on it was seen to pay
+LARGEST = 4  # side of the output map; products gain nothing at 8
+FEWEST = 256  # input channels
 
 
 def small_maps_by_products(model, dtype, in_eval=False):
-    """Let the wide convolutions of `model`, in place, go through matrix products where their maps are small.
+    """Make the wide convolutions of `model`, in place, use matrix products where their output maps are small.
 
-    dtype: of the products; in_eval: also in eval mode, where otherwise nothing changes. The parameters stay the same
-    objects. Returns the model.
+    dtype: of the products; in_eval: whether to use them in eval mode too. The parameters stay the same objects. Returns
+    the model.
     """
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
@@ -39,16 +39,16 @@ def _is_plain(conv):
 class _SmallMapConv2d(nn.Conv2d):
     @classmethod
     def in_place_of(cls, conv, dtype, in_eval):
-        """Return this kind of convolution with the parameters of `conv`."""
+        """Return a _SmallMapConv2d with the parameters of `conv`."""
         sizes = (conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding)
-        new = cls(*sizes, bias=False, device="meta")  # there, so that no random number is drawn
+        new = cls(*sizes, bias=False, device="meta")  # where initialization draws no random numbers
         new.weight, new.bias = conv.weight, conv.bias
         new.dtype, new.in_eval = dtype, in_eval
         return new.train(conv.training)
 
     def forward(self, x):
         out = (x.shape[-1] + 2 * self.padding[0] - self.kernel_size[0]) // self.stride[0] + 1
-        if not (self.training or self.in_eval) or out > LARGEST:
+        if not (self.training or self.in_eval) or out > LARGEST or x.shape[-2] != x.shape[-1]:
             return super().forward(x)
         bias = None if self.bias is None else self.bias.to(self.dtype)
         sizes = self.stride[0], self.padding[0]
@@ -70,9 +70,9 @@ class _ConvByProducts(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         k, stride, padding = weight.shape[2], ctx.stride, ctx.padding
         grad = grad.contiguous(memory_format=torch.channels_last)
-        if stride == 1:  # a convolution of the gradient with the kernel turned round
-            turned = weight.permute(2, 3, 0, 1).flip(0, 1).reshape(-1, x.shape[1])  # of (k, k, C', C)
-            grad_x = _maps(_patches(grad, k, 1, k - 1 - padding) @ turned, x)
+        if stride == 1:  # a convolution of the gradient with the flipped kernel
+            flipped = weight.permute(2, 3, 0, 1).flip(0, 1).reshape(-1, x.shape[1])  # from (k, k, C', C)
+            grad_x = _maps(_patches(grad, k, 1, k - 1 - padding) @ flipped, x)
         else:
             grad_x = torch.nn.grad.conv2d_input(x.shape, weight, grad, stride, padding)
         rows, grad_weight = grad.permute(0, 2, 3, 1).reshape(-1, weight.shape[0]), None
@@ -82,13 +82,13 @@ class _ConvByProducts(torch.autograd.Function):
 
 
 def _patches(x, k, stride, padding):
-    """Return what each place of the output sees of x (N, C, H, H): (N * H' * H', k * k * C)."""
+    """Return the patch of x (N, C, H, H) under each position of the output, (N * H' * H', k * k * C)."""
     padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, padding, padding, padding, padding))
     windows = padded.unfold(1, k, stride).unfold(2, k, stride)  # (N, H', H', C, k, k)
     return windows.permute(0, 1, 2, 4, 5, 3).reshape(-1, k * k * x.shape[1])
 
 
 def _maps(rows, x):
-    """Return rows (N * H' * H', C'), a place of a map each, as maps (N, C', H', H') of the images in x (N, ...)."""
+    """Return rows (N * H' * H', C'), one per position, as maps (N, C', H', H'); x: (N, ...)."""
     side = math.isqrt(len(rows) // len(x))
     return rows.view(len(x), side, side, -1).permute(0, 3, 1, 2)

@@ -1,4 +1,4 @@
-"""Several processes on one run, started by torchrun; without it every function here is a no-op."""
+"""A run shared by several processes under torchrun; in a single process nothing is shared or summed."""
 
 from flags import InputError
 
@@ -9,9 +9,9 @@ import torch.distributed as dist
 
 
 def start_ranks(device):
-    """Join the processes of torchrun and return this one's device; without torchrun no process group is started.
+    """Join the process group of torchrun and return this process's device; without torchrun return `device`.
 
-    Raises InputError where there are fewer GPUs than processes.
+    Raises InputError if there are fewer GPUs than processes.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return device

@@ -1,4 +1,4 @@
-"""Training steps in less time: memory layout, matrix products on AMX, compiled on a CPU, recorded on a GPU."""
+"""Faster training steps: memory layout, matrix products on AMX, torch.compile on a CPU, CUDA graphs on a GPU."""
 
 import copy
 
@@ -15,10 +15,10 @@ from .products import small_maps_by_products
 
 
 def training_layout(model):
-    """Return the memory format to train in: channels last, which is the faster, but for narrow networks on a CPU.
+    """Return the memory format to train in: channels last, which is faster, except for narrow networks on a CPU.
 
-    There the weight gradient of a strided 1x1 convolution of less than 16 channels, channels last and over an odd
-    batch, writes past its buffer (seen with torch 2.13 on two threads).
+    There, in channels last, torch 2.13 writes past a buffer in the weight gradient of a strided 1x1 convolution with
+    fewer than 16 input channels and an odd batch size.
     """
     convs = (m for m in model.modules() if isinstance(m, torch.nn.Conv2d))
     narrow = any(m.weight.is_cpu and m.kernel_size == (1, 1) and m.in_channels < 16 for m in convs)
@@ -26,7 +26,7 @@ def training_layout(model):
 
 
 def in_layout(model, dtype):
-    """Lay `model` out for training in `dtype`, in place; return it. In eval mode it computes what it did."""
+    """Prepare `model` in place for training in `dtype` and return it; eval mode gives the same logits as before."""
     model.to(memory_format=training_layout(model))
     if dtype == torch.bfloat16 and utils.has_amx(next(model.parameters()).device):
         small_maps_by_products(model, dtype)
@@ -34,26 +34,27 @@ def in_layout(model, dtype):
 
 
 def training_copy(model, dtype):
-    """Return a copy of `model` with trainable weights, laid out for training in `dtype`; the model stays as it is."""
+    """Return a copy of `model` with trainable weights, prepared for training in `dtype`."""
     return in_layout(copy.deepcopy(model).requires_grad_(True), dtype)
 
 
 def compiled(model, n_images, width):
-    """Return `model` compiled for batches of one size where that pays for the minute it takes, else itself.
+    """Return `model` compiled for batches of one size, or itself where the training is too short to gain from it.
 
-    n_images: that pass through it over all epochs; width: of the network.
+    n_images: training images over all epochs; width: of the network. Compiling takes about a minute.
     """
     pays = next(model.parameters()).device.type == "cpu" and can_compile() and n_images * width > 200_000
     return torch.compile(model, dynamic=False) if pays else model
 
 
 def training_step(model, width, n_images, batch_size, dtype):
-    """Return a function (images, labels, size of the whole batch, extra loss) that leaves the loss's gradient in .grad.
+    """Return step(x, y, size, extra=None), which adds the gradient of the batch's loss to .grad.
 
-    The loss is the mean cross-entropy over the whole batch, of which images float (B, 3, H, W) in [0, 1] and labels
-    int64 (B,) are this process's share, plus what extra(logits, labels) returns, if anything. The function returns
-    (summed cross-entropy, number of labels met), fp32 (2,).
-    n_images: over all epochs; batch_size: over all processes; dtype: of the network's arithmetic, by autocast.
+    x: float (B, 3, H, W) in [0, 1] and y: int64 (B,), this process's share of a batch; size: images in the batch, over
+    all processes; extra: a function of (logits, labels) that returns a scalar loss, or None. The loss is the mean
+    cross-entropy over the batch plus the extra one. step() returns (summed cross-entropy, number of correct
+    predictions) of this share, fp32 (2,).
+    n_images: over all epochs; batch_size: over all processes; dtype: autocast's.
     """
     in_layout(model, dtype)
     n_ranks = ranks.ranks()[1]
@@ -70,7 +71,7 @@ def training_step(model, width, n_images, batch_size, dtype):
         with utils.autocast(device, dtype):
             logits = net(x.contiguous(memory_format=layout)).float()
         loss = F.cross_entropy(logits, y, reduction="sum")
-        # gradients are averaged over the processes: this is the mean over the whole batch
+        # DistributedDataParallel averages gradients over the processes: n_ranks makes that the mean over the batch
         mean, more = loss / size * n_ranks, None if extra is None else extra(logits, y)
         (mean if more is None else mean + more).backward()
         return torch.stack((loss.detach(), (logits.detach().argmax(1) == y).sum()))

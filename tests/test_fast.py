@@ -84,6 +84,21 @@ def test_small_maps_by_products_in_eval_mode_and_in_fp32():
     assert (out - exact).abs().max() <= 1e-5 * exact.abs().max()
 
 
+def test_maps_that_are_no_square_do_not_become_products():
+    conv = nn.Conv2d(256, 256, 3, 1, 1)
+    x = torch.randn(2, 256, 4, 2)
+    assert torch.equal(small_maps_by_products(nn.Sequential(conv), torch.float32)(x), conv(x))
+
+
+def test_the_kernels_get_flat_rows():
+    """Of maps channels last, of tokens (N, T, C) and of vectors."""
+    for shape in ((2, 3, 4, 5), (2, 6, 4), (2, 7)):
+        t = torch.randn(shape)
+        rows = clip._rows(t)
+        assert rows.shape == (2, t[0].numel())
+        assert torch.equal(clip._unrows(rows, t), t)
+
+
 @pytest.mark.parametrize(
     "what",
     [
@@ -148,12 +163,12 @@ def check_clip(dtype, compiled, shapes, sizes):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_fast_clip_is_the_plain_one(dtype):
-    check_clip(dtype, False, [(8, 4, 4), (16, 2, 3), (5,)], (7, 3))
+    check_clip(dtype, False, [(8, 4, 4), (16, 2, 3), (6, 4), (5,)], (7, 3))
 
 
 @pytest.mark.skipif(not clip.can_compile(), reason="no C++ compiler here")
 def test_the_compiled_clip_is_the_plain_one():
-    check_clip(torch.bfloat16, True, [(8, 4, 4), (16, 2, 3)], (7, 3))
+    check_clip(torch.bfloat16, True, [(8, 4, 4), (16, 2, 3), (6, 4)], (7, 3))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

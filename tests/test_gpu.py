@@ -144,7 +144,7 @@ def test_a_recorded_search_is_the_search(tiny, defense, monkeypatch, recordings,
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_clips_kernels_are_the_clip(dtype):
     g = torch.Generator().manual_seed(0)
-    for shape, n in (((64, 8, 8), 37), ((24, 5, 3), 9), ((512, 4, 4), 700), ((7,), 5)):
+    for shape, n in (((64, 8, 8), 37), ((24, 5, 3), 9), ((512, 4, 4), 700), ((17, 12), 9), ((7,), 5)):
         x, grad = (torch.randn(n, *shape, generator=g).to(dtype).to(CUDA) for _ in range(2))
         if len(shape) == 3:
             x, grad = (t.contiguous(memory_format=torch.channels_last) for t in (x, grad))
