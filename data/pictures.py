@@ -13,14 +13,14 @@ from PIL import Image
 from tqdm import tqdm
 
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".webp")
-FORMATS = ("BMP", "JPEG", "PNG", "PPM", "WEBP")  # by content: no other decoder is tried
-LAYOUT = "it wants train/ and test/ in it, each with a folder of pictures per class"
+FORMATS = ("BMP", "JPEG", "PNG", "PPM", "WEBP")  # the only decoders that Pillow may try
+LAYOUT = "it needs train/ and test/, each with a folder of pictures per class"
 
 
 def class_names(root):
-    """Return the classes of a data set in folders, in the order of their labels: by name, as ImageFolder has them.
+    """Return the classes of a data set in folders in the order of their labels, sorted by name as in ImageFolder.
 
-    They are the folders in root/train, or in root/test where that is all there is. Raises InputError without two.
+    They are the folders in root/train, or in root/test if there is no root/train. Raises InputError for fewer than two.
     """
     root = Path(root)
     splits = [root / name for name in ("train", "test") if (root / name).is_dir()]
@@ -28,7 +28,7 @@ def class_names(root):
         raise InputError(f"{root} is no data set in folders: {LAYOUT}")
     names = _folders(splits[0])
     if len(names) < 2:
-        raise InputError(f"{splits[0]} has {len(names)} class folders, and 2 are the least: {LAYOUT}")
+        raise InputError(f"{splits[0]} has {len(names)} class folders, and at least 2 are needed: {LAYOUT}")
     if all(map(str.isdecimal, names)) and names != tuple(sorted(names, key=int)):
         _note(f"the classes of {root} are sorted by name, not by number: {_some(names)} are 0, 1, 2, ...")
     return names
@@ -54,13 +54,12 @@ def load_folder(root, train, size):
 def load_triggered(root, classes, size):
     """Return (images uint8 (N, 3, size, size), labels int64 (N,), stems) of triggered pictures.
 
-    root: holds a folder per true class, named as in `classes` or by its number there, as BackdoorBench lays them out;
-    stems: the files' names without folder and ending. Raises InputError as load_folder(), and for a folder whose name
-    is neither.
+    root: has a folder per true class, named as in `classes` or by its index there, which is BackdoorBench's layout;
+    stems: the file names without suffix. Raises InputError as load_folder() does, and for a folder with another name.
     """
     root = Path(root)
     if not root.is_dir():
-        raise InputError(f"no folder {root}; --attack folder:PATH wants triggered pictures there")
+        raise InputError(f"no folder {root}; --attack folder:PATH needs triggered pictures there")
     names = _folders(root)
     if not names:
         raise InputError(f"{root} has no folders; put each triggered picture into one named after its true class")
@@ -70,8 +69,8 @@ def load_triggered(root, classes, size):
         labels = [int(name) for name in names]
     else:
         strange = [n for n in names if n not in classes and not (n.isdecimal() and int(n) < len(classes))]
-        known = f"{_some(classes)}, or 0 to {len(classes) - 1}, all alike"
-        raise InputError(f"{root / (strange or names)[0]} is no class; name the folders after the data set's: {known}")
+        known = f"all by name ({_some(classes)}) or all by number (0 to {len(classes) - 1})"
+        raise InputError(f"{root / (strange or names)[0]} is no class; name the folders after the classes, {known}")
     return *_load(root, list(zip(labels, names, strict=True)), size), [p.stem for n in names for p in _files(root / n)]
 
 
@@ -81,13 +80,13 @@ def _load(split, folders, size):
     for label, name in folders:
         found = _files(split / name, others)
         if not found:
-            raise InputError(f"{split / name} has no pictures ({', '.join(SUFFIXES)}); remove it or fill it")
+            raise InputError(f"{split / name} has no pictures ({', '.join(SUFFIXES)}); remove it or add some")
         files += found
         labels += [label] * len(found)
     if others:
         _note(f"{len(others)} files in {split} are no pictures ({_some([p.name for p in others])}): left out")
     images = np.empty((len(files), 3, size, size), np.uint8)
-    bar = tqdm(files, desc=f"read {split}", unit="img", delay=1, leave=False)  # none where it takes no second
+    bar = tqdm(files, desc=f"read {split}", unit="img", delay=1, leave=False)
     for i, path in enumerate(bar):
         try:
             with Image.open(path, formats=FORMATS) as picture:
@@ -97,17 +96,17 @@ def _load(split, folders, size):
         except Exception as error:  # whatever a damaged picture makes Pillow raise
             bar.close()
             reason = " ".join((str(error) or type(error).__name__).split())[:120]
-            raise InputError(f"cannot read the picture {path} ({reason}): mend it or take it out") from None
+            raise InputError(f"cannot read the picture {path} ({reason}): replace it or remove it") from None
     return torch.from_numpy(images), torch.tensor(labels, dtype=torch.int64)
 
 
 def to_bytes(picture, size):
-    """Return a Pillow picture as RGB bytes (3, size, size); resized where it has another size, see resize().
+    """Return a Pillow picture as RGB, uint8 (3, size, size), resized if it has another size, see resize().
 
-    Raises ValueError for more than 8 bits a channel.
+    Raises ValueError for more than 8 bits per channel.
     """
     if picture.mode[0] in "IF":
-        raise ValueError("it has more than 8 bits a channel")
+        raise ValueError("it has more than 8 bits per channel")
     rgb = picture.convert("RGB")
     if rgb.size != (size, size):
         rgb = rgb.resize((size, size), Image.Resampling.BILINEAR)
@@ -115,9 +114,9 @@ def to_bytes(picture, size):
 
 
 def resize(images, size):
-    """Return images of uint8, an array (N, H, W) in gray or (N, H, W, 3), as a tensor (N, 3, size, size).
+    """Return a uint8 array of images, gray (N, H, W) or (N, H, W, 3), as a uint8 tensor (N, 3, size, size).
 
-    Bilinear with antialiasing, as Pillow does it; what is no square is stretched to one.
+    Resized by Pillow, bilinearly with antialiasing; images that are not square are stretched.
     """
     images = images[..., None] if images.ndim == 3 else images
     out = np.empty((len(images), 3, size, size), np.uint8)
@@ -138,7 +137,7 @@ def _folders(folder):
 
 
 def _files(folder, others=None):
-    """Return the pictures below a folder in ImageFolder's order; what else lies there is added to `others`."""
+    """Return the pictures below a folder in ImageFolder's order; all other files are added to `others`."""
     found = []
     for place, _, names in sorted(os.walk(folder, followlinks=True)):
         for name in sorted(names):
@@ -153,6 +152,6 @@ def _some(names):
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
-@functools.cache  # said once a run
+@functools.cache  # once per run
 def _note(text):
     print(f"note: {text}", file=sys.stderr)

@@ -1,9 +1,9 @@
 """Networks by name, the clipping activation, and files from elsewhere.
 
-A new network: a module here whose class is a common.Normalized and takes `num_classes`, `width`, `act_layer`, `mean`
-and `std`, takes images in [0, 1], normalizes them by self.normalize() and casts them to its weights' type, and has one
-`act_layer()` module per activation, registered in forward order; then a line in networks.NETWORKS, and its
-name in flags.NETWORKS.
+A new network is a module here with a subclass of common.Normalized, a line in networks.NETWORKS, and its name in
+flags.NETWORKS. The class takes `num_classes`, `width`, `act_layer`, `mean` and `std`. Its forward pass takes images in
+[0, 1], normalizes them by self.normalize() and casts them to the type of its weights. It has one `act_layer()` module
+per activation, registered in forward order.
 """
 
 from .activations import (

@@ -1,8 +1,8 @@
 """The activations of any network, found by their calls in a forward pass, and the network that clips them there.
 
-An activation is a call of one of FUNCTIONS, or a clamp at 0 from below, whichever module or function makes it. A call
-that carries images is a site. Its name is the path of the module that it happens in, `root` for the network itself;
-a module's second call ends in #2: `layer1.0.act1`, `layer1.0.act1#2`.
+An activation is a call of one of FUNCTIONS, or a clamp to [0, infinity), by any module or function. A call on images is
+a site. Its name is the path of the module in which it happens, `root` for the network itself; the second call in the
+same module ends in #2: `layer1.0.act1`, `layer1.0.act1#2`.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .custom_modules import Clip, ClippedReLU, has_own_modules, set_bounds
 
-# in place and not: both are seen, and clipped alike
+# in-place functions and their ordinary versions, which are clipped alike
 IN_PLACE = {torch.relu_: torch.relu, torch.Tensor.relu_: torch.relu, F.hardtanh_: F.hardtanh}
 IN_PLACE |= {F.leaky_relu_: F.leaky_relu, F.elu_: F.elu, F.threshold_: F.threshold, torch.selu_: F.selu}
 IN_PLACE |= {torch.celu_: F.celu, torch.rrelu_: F.rrelu}
@@ -29,13 +29,13 @@ CLAMPS = {torch.clamp, torch.clip, torch.Tensor.clamp, torch.Tensor.clip, torch.
 CLAMPS_IN_PLACE = {torch.clamp_, torch.clip_, torch.Tensor.clamp_, torch.Tensor.clip_}
 CLAMPS_IN_PLACE |= {torch.clamp_min_, torch.Tensor.clamp_min_}
 SIGNATURES = {f: inspect.signature(f) for f in (*FUNCTIONS, *IN_PLACE.values()) if inspect.isfunction(f)}
-# what the same come down to, by which one is noticed that runs where no call of it can be seen
+# the kernels of these functions, by which _Kernels notices an activation whose call _Calls does not see
 KERNELS = {"relu", "gelu", "silu", "mish", "hardswish", "hardtanh", "leaky_relu", "elu", "threshold", "softplus"}
 KERNELS |= {"glu", "_prelu_kernel", "rrelu", "rrelu_with_noise"}
 
 
 class _Calls(TorchFunctionMode):
-    """Within this context, at(a) takes the place of each activation a; it returns its like."""
+    """Within this context, each activation a is replaced by at(a), a tensor of the same shape and type."""
 
     def __init__(self, at):
         super().__init__()
@@ -59,32 +59,35 @@ class _Calls(TorchFunctionMode):
 
 
 def _is_relu(args, kwargs):
-    """Return whether a clamp with these arguments is a ReLU: from 0, without an upper end, of floats."""
+    """Return whether a clamp with these arguments is a ReLU: of floats, from 0, without an upper limit."""
     low, high = (list(args[1:]) + [None, None])[:2]
     low, high = kwargs.get("min", low), kwargs.get("max", high)
     return isinstance(low, (int, float)) and low == 0 and high is None and bool(args) and args[0].is_floating_point()
 
 
 def _out_of_place(function, args, kwargs):
-    """Return (the activation, the tensor that is to be overwritten by it or None); with gradients, it is not yet."""
+    """Return (activation, tensor that an in-place call overwrites, or None).
+
+    With gradients enabled the activation is computed out of place, and the caller copies it there.
+    """
     plain = IN_PLACE.get(function, function)
     given = SIGNATURES[plain].bind(*args, **kwargs) if plain in SIGNATURES else None
     if plain is function and not (given and given.arguments.get("inplace")):
         return function(*args, **kwargs), None
     target = args[0] if args else kwargs["input"]
-    if not torch.is_grad_enabled() and not torch.jit.is_tracing():  # a trace holds for both
+    if not torch.is_grad_enabled() and not torch.jit.is_tracing():  # a trace is used with and without gradients
         return function(*args, **kwargs), target
-    if plain in (torch.relu, F.relu):  # whose gradient needs no input
+    if plain in (torch.relu, F.relu):  # the gradient of ReLU needs no copy of the input
         return torch.relu(target), target
     given.arguments |= {"input": target.clone(), "inplace": False}
     return plain(*given.args, **given.kwargs), target
 
 
 class _Sites(_Calls):
-    """Within this context, at(site, a) takes the place of a site's activations in one forward pass of n images.
+    """Within this context, each site's activations a are replaced by at(site, a) in one forward pass of n images.
 
-    sites: {site: shape without the images}, in the order of the calls. A call without images in it, such as that of a
-    network on its own positions, is left alone. Raises ValueError when the calls are others.
+    sites: {site: shape without the batch axis}, in the order of the calls. A call without images, such as that of a
+    network on its position bias, is left alone. Raises ValueError when the calls do not match the sites.
     """
 
     def __init__(self, sites, n, at):
@@ -109,13 +112,13 @@ class _Sites(_Calls):
         if kind is None and self.done < len(self.sites):
             site, shape = self.sites[self.done]
             raise ValueError(
-                f"the activation {site} of shape {shape} does not come: images of another size, or a network that "
+                f"the activation {site} of shape {shape} is missing: images of another size, or a network that "
                 "takes another path from call to call"
             )
 
 
 def logits(output):
-    """Return a network's logits (N, classes): its output, or the `.logits` of an output object.
+    """Return a network's logits (N, classes) from its output: a tensor, or an object with `.logits`.
 
     Raises ValueError for any other output, such as a tuple.
     """
@@ -130,11 +133,10 @@ def logits(output):
 def activation_sites(model, x):
     """Return {site: shape of its bound}, in the order of the calls: (C, H, W), (F,), or (tokens, channels).
 
-    model: images to logits, in eval mode, without bounds; x: two images or more, float (N, 3, H, W) in [0, 1].
-    Warns of activations that run where no bound reaches: in compiled code, or written out as a product with a sigmoid
-    or tanh.
-    Raises ValueError where there is no activation, where no gradient passes one, where a bound would depend on the
-    number of images, and for a network that takes another path from call to call.
+    model: images to logits, in eval mode, without bounds; x: two or more images, float (N, 3, H, W) in [0, 1].
+    Warns of activations that cannot get a bound: in compiled code, or written out as a product with a sigmoid or tanh.
+    Raises ValueError for a network without activations, one whose activations depend on the number of images or vary
+    from call to call, and for an activation that passes no gradient.
     """
     if any(isinstance(m, Clip) for m in model.modules()):
         raise ValueError("the network has bounds already; models.unclipped(model) takes them off")
@@ -143,7 +145,7 @@ def activation_sites(model, x):
         raise ValueError("the network takes another path from call to call; there is no fixed set of activations")
     sites = {}
     for (name, shape), (_, other) in zip(two, three, strict=True):
-        if shape == other:  # no images in it
+        if shape == other:  # a call without images
             continue
         if shape[1:] != other[1:] or shape[0] * 3 != other[0] * 2:
             raise ValueError(
@@ -153,17 +155,17 @@ def activation_sites(model, x):
         sites[name] = shape[1:]
     if hidden:
         named = ", ".join(f"{what} in {where}" for where, what in sorted(hidden))
-        warnings.warn(f"activations that no bound reaches: {named}", stacklevel=2)
+        warnings.warn(f"activations without a bound: {named}", stacklevel=2)
     if not sites:
         raise ValueError(
-            "the network has no activation to clip; those that are seen: ReLU, GELU, SiLU and their kin, called in "
-            "Python (no TorchScript)"
+            "the network has no activation to clip; seen are ReLU, GELU, SiLU and the like, called in Python (no "
+            "TorchScript)"
         )
     return sites
 
 
 def _calls(model, x):
-    """Return [(site's name, shape)] of the activation calls of a pass, and {(module, kernel)} of the hidden ones."""
+    """Return [(name, shape)] of all activation calls in a forward pass, and {(module, kernel)} of the unseen ones."""
     stack, calls, counts = [], [], {}
 
     def enter(name):
@@ -194,7 +196,7 @@ def _calls(model, x):
 
 
 class _Kernels(TorchDispatchMode):
-    """Notes the activation kernels that run outside an activation call: `hidden`, {(module, what)}."""
+    """Collects activation kernels that run outside a call that _Calls sees, in `hidden`: {(module, what)}."""
 
     def __init__(self, calls, stack):
         super().__init__()
@@ -208,7 +210,7 @@ class _Kernels(TorchDispatchMode):
         tensors = [a for a in args if isinstance(a, torch.Tensor)]
         gated = [any(a is g for g in self.gates) for a in tensors]
         if name in ("sigmoid", "tanh", "hardsigmoid") or (name in ("add", "mul") and gated == [True]):
-            self.gates.append(out)  # a gate, or a gate times or plus a number
+            self.gates.append(out)  # a gate, possibly scaled or shifted by a number
         elif name in KERNELS or name == "clamp_min" and args[1] == 0:
             self.hidden.add((self.stack[-1] if self.stack else "root", name))
         elif name == "mul" and len(tensors) == 2 and any(gated) and tensors[0].shape == tensors[1].shape:
@@ -220,7 +222,7 @@ class _Kernels(TorchDispatchMode):
 def watching(sites, n, look):
     """Within this context, call look(site, activations (n, ...)) at every site of one forward pass of n images.
 
-    sites: activation_sites() of the network that runs. Raises ValueError when its activations are others.
+    sites: activation_sites() of the network that runs. Raises ValueError when its activations do not match them.
     """
 
     def at(site, a):
@@ -235,8 +237,8 @@ def watching(sites, n, look):
 def activation_moments(net, sites, batches):
     """Return {site: (mean, std)} of each neuron's activation over all images, float64 (C, H, W), std by n - 1.
 
-    sites: activation_sites(net, ...); batches: images float (n, 3, H, W) in [0, 1], a few at a time; no activation is
-    kept. Raises ValueError when the network takes another path from call to call.
+    sites: activation_sites(net, ...); batches: an iterable of images, float (n, 3, H, W) in [0, 1]. Only sums are kept
+    in memory. Raises ValueError when the network takes another path from call to call.
     """
     sums = dict.fromkeys(sites, (0, 0, 0))
 
@@ -256,11 +258,11 @@ def activation_moments(net, sites, batches):
 
 
 class ClippedNetwork(nn.Module):
-    """`model` with the activations of its sites clipped: a becomes min(a, max(b, 0)) right where it is computed.
+    """`model` with the activations of its sites clipped: a becomes min(a, max(b, 0)) where it is computed.
 
-    model: any network of images (N, 3, H, W) in [0, 1]; it stays as it is and is shared. bounds: {site: raw b}, in the
-    order of the calls. Output: logits (N, classes). Where all bounds are infinite it is the model itself.
-    Its state dict holds `model.*` and `clips.<site with / for .>.bound`.
+    model: any network that takes images (N, 3, H, W) in [0, 1]; it is shared, not copied, and not changed. bounds:
+    {site: raw b}, in the order of the calls. Output: logits (N, classes); with infinite bounds, those of `model`.
+    The state dict holds `model.*` and `clips.<site with / for .>.bound`.
     """
 
     def __init__(self, model, bounds):
@@ -268,12 +270,12 @@ class ClippedNetwork(nn.Module):
         self.model = model
         self.clips = nn.ModuleDict({site.replace(".", "/"): Clip(bound) for site, bound in bounds.items()})
 
-    # what a network of this package has: see common.Normalized
+    # the interface of common.Normalized
     mean = property(lambda self: self.model.mean)
     std = property(lambda self: self.model.std)
 
     def set_normalization(self, mean, std):
-        """Let the network within normalize with these from now on."""
+        """Set mean and std of `model`, see common.Normalized."""
         self.model.set_normalization(mean, std)
 
     def sites(self):
@@ -288,10 +290,10 @@ class ClippedNetwork(nn.Module):
 
 
 def clipped(model, bounds):
-    """Return `model` clipped at {site: bound}, as a ClippedNetwork in eval mode; the model itself stays as it is.
+    """Return `model` clipped at {site: bound}, as a ClippedNetwork in eval mode; `model` itself is not changed.
 
     bounds: UnitResult.bounds of this model. The result can be saved by its state dict, exported by torch.export and
-    traced by torch.jit.trace. Raises ValueError, when it runs, for bounds that do not fit the network or the images.
+    traced by torch.jit.trace. Its forward pass raises ValueError if the bounds do not fit the network or the images.
     """
     device = next((p.device for p in model.parameters()), None)
     return ClippedNetwork(model, {site: bound.to(device) for site, bound in bounds.items()}).eval()
@@ -305,14 +307,12 @@ def clips_of(model):
 
 
 def with_bounds(model, bounds, layer=ClippedReLU):
-    """Return `model` clipped at {site: bound}: by set_bounds(layer=layer), in place, where that is possible, else by
-    clipped().
-    """
+    """Return `model` clipped at {site: bound}: in place by set_bounds(layer=layer) if possible, else by clipped()."""
     return set_bounds(model, bounds, layer) if has_own_modules(model, bounds) else clipped(model, bounds)
 
 
 def unclipped(model):
-    """Return the network without its bounds, in eval mode; `model` itself stays as it is."""
+    """Return the network without its bounds, in eval mode; `model` itself keeps them."""
     if isinstance(model, ClippedNetwork):
         return model.model.eval()
     model = copy.deepcopy(model).eval()

@@ -1,4 +1,4 @@
-"""What the networks share: a door that normalizes, and channels scaled by a width."""
+"""What the networks share: normalization of the input, and channels scaled by a width."""
 
 from flags import NORMALIZATIONS
 
@@ -11,22 +11,22 @@ MEAN, STD = NORMALIZATIONS["authors"]
 
 
 class Normalized(nn.Module):
-    """A network that takes images in [0, 1] and normalizes them at its own door: (x - mean) / std per color channel.
+    """Base class of a network that takes images in [0, 1] and normalizes them: (x - mean) / std per color channel.
 
     mean, std: three numbers each, std above 0.
     """
 
     def __init__(self, mean=MEAN, std=STD):
         super().__init__()
-        for name in ("mean", "std"):  # not in the state dict, so that public ones fit
+        for name in ("mean", "std"):  # not persistent, so that public state dicts fit
             self.register_buffer(name, torch.zeros(1, 3, 1, 1), persistent=False)
         self.set_normalization(mean, std)
 
     def set_normalization(self, mean, std):
-        """Normalize with these from now on. Raises ValueError unless each is three finite numbers, std above 0."""
+        """Set mean and std. Raises ValueError unless each is three finite numbers, std above 0."""
         mean, std = tuple(map(float, mean)), tuple(map(float, std))
         if len(mean) != 3 or len(std) != 3 or not all(map(math.isfinite, mean + std)) or not min(std) > 0:
-            raise ValueError("mean and std have to be three numbers each, std above 0")
+            raise ValueError("mean and std must be three finite numbers each, std above 0")
         for name, value in (("mean", mean), ("std", std)):
             setattr(self, name, torch.tensor(value, device=getattr(self, name).device).view(1, 3, 1, 1))
 

@@ -1,4 +1,4 @@
-"""The clipping activation, and how it gets into a network and out of it again."""
+"""The clipping activation, and putting it into a network and removing it."""
 
 import copy
 
@@ -11,7 +11,7 @@ class Clip(nn.Module):
 
     bound: the raw b, fp32, one number per neuron and position, of any sign; infinity means no bound. Shape (C, H, W)
     for activations (N, C, H, W), (F,) for (N, F), (tokens, channels) for (N, tokens, channels).
-    The result has the activation's type. A bound at or below 0 gets gradient 0.
+    The result has the activation's dtype. A bound at or below 0 gets gradient 0.
     """
 
     def __init__(self, bound):
@@ -27,10 +27,10 @@ class Clip(nn.Module):
 
 
 class ClippedReLU(Clip):
-    """min(ReLU(x), max(b, 0)): what takes the place of an nn.ReLU module; b as in Clip, x (N, C, H, W) or (N, F)."""
+    """min(ReLU(x), max(b, 0)): replaces an nn.ReLU module; b as in Clip."""
 
     def __init__(self, bound):
-        if bound.dim() == 3:  # channels last in memory, as the activations are: each pass over the two is much faster
+        if bound.dim() == 3:  # channels last in memory, as the activations are, which makes the clip much faster
             bound = bound.permute(1, 2, 0).contiguous().permute(2, 0, 1)
         super().__init__(bound)
 
@@ -49,7 +49,7 @@ def weights_device(model):
 
 
 def frozen_copy(model, dtype=torch.float32):
-    """Return a copy of `model` to search bounds on: eval mode, no gradients for weights.
+    """Return a copy of `model` for the search of bounds: in eval mode, weights frozen, channels last.
 
     dtype: of its convolutions and linear layers, and so of its activations and logits.
     """
@@ -65,11 +65,11 @@ def _activation_modules(model):
 
 
 def set_bounds(model, bounds, layer=ClippedReLU):
-    """Clip `model` in place: put a clipping activation in the place of each nn.ReLU module; return the model.
+    """Replace each nn.ReLU module of `model`, in place, by a clipping activation; return the model.
 
-    model: a network that runs each of its nn.ReLU modules just once, as those of this package do. bounds: {module's
-    path: (C, H, W)} with exactly these modules, or None: back to plain ReLU. layer: the class of the clipping
-    activation, called with the bound.
+    model: a network that calls each of its nn.ReLU modules once per forward pass, as ours do. bounds: {path of module:
+    bound} of exactly these modules, or None to restore nn.ReLU. layer: the class of the clipping activation, called
+    with the bound.
     Raises ValueError for a missing or unknown module.
     """
     modules = _activation_modules(model)
@@ -83,6 +83,6 @@ def set_bounds(model, bounds, layer=ClippedReLU):
 
 
 def has_own_modules(model, sites):
-    """Return whether each of `sites`, and nothing else, is an nn.ReLU module of its own, so that set_bounds() works."""
+    """Return whether set_bounds() works: the sites are exactly the nn.ReLU modules, each called once, none in place."""
     modules = _activation_modules(model)
     return set(sites) == set(modules) and not any(m.inplace for m in modules.values() if type(m) is nn.ReLU)

@@ -1,4 +1,4 @@
-"""PreActResNet-18 for 32x32 images (He et al., ECCV 2016), key for key the one that BackdoorBench trains."""
+"""PreActResNet-18 for 32x32 images (He et al., ECCV 2016), with the state dict keys of BackdoorBench's."""
 
 import torch.nn.functional as F
 from torch import nn
@@ -10,7 +10,7 @@ from .resnet import _conv3x3
 class PreActBlock(nn.Module):
     """Batch norm and activation before each of two convolutions; (N, C, H, W) to (N, C', H / stride, W / stride).
 
-    Where the shape changes, a 1x1 convolution of the first activation is the shortcut, elsewhere the input itself.
+    The shortcut is the input, or, where the shape changes, a 1x1 convolution of the first activation.
     """
 
     def __init__(self, c_in, channels, stride, act_layer):
@@ -32,11 +32,10 @@ class PreActBlock(nn.Module):
 
 
 class PreActResNet18(Normalized):
-    """3x3 stem without batch norm, four stages of two blocks, average pool, one linear layer; no last batch norm.
+    """3x3 stem without batch norm, four stages of two blocks, average pool, one linear layer; no final batch norm.
 
-    Input: (N, 3, 32, 32) in [0, 1], normalized here; output: (N, num_classes) logits. Other sizes, multiples of 8,
-    pass too. width: factor on all channels; act_layer: called without arguments, once per site; mean, std: of the
-    images.
+    Input: (N, 3, 32, 32) in [0, 1], or another size that is a multiple of 8; output: logits (N, num_classes).
+    width: factor on all channels; act_layer: called without arguments, once per site; mean, std: of the normalization.
     """
 
     def __init__(self, num_classes=10, width=1.0, act_layer=nn.ReLU, mean=MEAN, std=STD):
@@ -53,4 +52,4 @@ class PreActResNet18(Normalized):
     def forward(self, x):
         out = self.conv1(self.normalize(x).to(self.conv1.weight.dtype))
         out = self.layer4(self.layer3(self.layer2(self.layer1(out))))
-        return self.linear(F.avg_pool2d(out, out.shape[2:]).flatten(1))  # global: of 4x4 for 32x32 images
+        return self.linear(F.avg_pool2d(out, out.shape[2:]).flatten(1))  # global, 4x4 for 32x32 images

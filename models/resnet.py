@@ -64,10 +64,9 @@ class Bottleneck(nn.Module):
 class ResNet(Normalized):
     """A ResNet for 32x32 images: 3x3 stem of stride 1, no max-pool, four stages, 4x4 average pool, one linear layer.
 
-    Input: (N, 3, 32, 32) in [0, 1], normalized here; output: (N, num_classes) logits.
-    Other sizes, multiples of 8, pass too.
+    Input: (N, 3, 32, 32) in [0, 1], or another size that is a multiple of 8; output: logits (N, num_classes).
     block: BasicBlock or Bottleneck; depths: blocks per stage; width: factor on all channels.
-    act_layer: called without arguments, once per site; mean, std: of the images.
+    act_layer: called without arguments, once per site; mean, std: of the normalization.
     """
 
     def __init__(self, block, depths, num_classes=10, width=1.0, act_layer=nn.ReLU, mean=MEAN, std=STD):
@@ -86,8 +85,8 @@ class ResNet(Normalized):
         self.linear = nn.Linear(c_in, num_classes)
 
     def forward(self, x):
-        # the weights may be of lower precision than the door
+        # the weights may have a lower precision than the images
         x = self.normalize(x).to(self.conv1.weight.dtype)
         out = self.act(self.bn1(self.conv1(x)))
         out = self.layer4(self.layer3(self.layer2(self.layer1(out))))
-        return self.linear(F.avg_pool2d(out, out.shape[2:]).flatten(1))  # global: of 4x4 for 32x32 images
+        return self.linear(F.avg_pool2d(out, out.shape[2:]).flatten(1))  # global, 4x4 for 32x32 images

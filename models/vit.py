@@ -1,4 +1,4 @@
-"""A small vision transformer for 32x32 images (Dosovitskiy et al., ICLR 2021), under the names that timm's have."""
+"""A small vision transformer for 32x32 images (Dosovitskiy et al., ICLR 2021), with the state dict keys of timm's."""
 
 import torch
 import torch.nn.functional as F
@@ -6,14 +6,14 @@ from torch import nn
 
 from .common import MEAN, STD, Normalized, scaled
 
-PATCH = 4  # pixels a side
-DEPTH = 6
+PATCH = 4  # pixels per side
+DEPTH = 6  # blocks
 HEADS = 3
-PER_HEAD = 64  # channels
+PER_HEAD = 64  # channels per head
 
 
 class Attention(nn.Module):
-    """Self-attention; (N, tokens, channels) to the same."""
+    """Multi-head self-attention; (N, tokens, channels) to the same."""
 
     def __init__(self, channels):
         super().__init__()
@@ -28,7 +28,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two linear layers, twice as many channels between them; (N, tokens, channels) to the same."""
+    """Two linear layers with an activation, hidden width 2 * channels; (N, tokens, channels) to the same."""
 
     def __init__(self, channels, act_layer):
         super().__init__()
@@ -41,7 +41,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then an MLP, each after a layer norm and added to what came in."""
+    """Attention, then an MLP, each with a layer norm before it and a residual connection."""
 
     def __init__(self, channels, act_layer):
         super().__init__()
@@ -67,11 +67,11 @@ class PatchEmbed(nn.Module):
 
 
 class ViT(Normalized):
-    """Six blocks of 192 channels and three heads over patches of 4x4 pixels; the class token goes to a linear layer.
+    """Six blocks of 192 channels and three heads over patches of 4x4 pixels; the class token feeds a linear layer.
 
-    Input: (N, 3, size, size) in [0, 1], normalized here; output: (N, num_classes) logits. No other size passes.
+    Input: (N, 3, size, size) in [0, 1]; output: logits (N, num_classes). Raises ValueError for images of another size.
     size: a multiple of 4; width: factor on all channels; act_layer: called without arguments, once per site; mean,
-    std: of the images.
+    std: of the normalization.
     """
 
     def __init__(self, num_classes=10, width=1.0, act_layer=nn.GELU, mean=MEAN, std=STD, size=32):

@@ -1,4 +1,4 @@
-"""Wide ResNets for 32x32 images (Zagoruyko and Komodakis, BMVC 2016), under the names that NAD's and others' have."""
+"""Wide ResNets for 32x32 images (Zagoruyko and Komodakis, BMVC 2016), with the state dict keys of NAD's and others."""
 
 import torch.nn.functional as F
 from torch import nn
@@ -10,7 +10,7 @@ from .resnet import _conv3x3
 class WideBlock(nn.Module):
     """Batch norm and activation before each of two convolutions; (N, C, H, W) to (N, C', H / stride, W / stride).
 
-    Where the number of channels changes, a 1x1 convolution of the first activation is the shortcut.
+    The shortcut is the input, or, where the shape changes, a 1x1 convolution of the first activation.
     """
 
     def __init__(self, c_in, channels, stride, act_layer):
@@ -21,7 +21,7 @@ class WideBlock(nn.Module):
         self.bn2 = nn.BatchNorm2d(channels)
         self.act2 = act_layer()
         self.conv2 = _conv3x3(channels, channels)
-        # a narrow stage after the stem may have as many channels as it, and then has no such layer
+        # at width 1 the first stage has the stem's 16 channels, and no such layer
         changes = stride != 1 or c_in != channels
         self.convShortcut = nn.Conv2d(c_in, channels, 1, stride=stride, bias=False) if changes else None
 
@@ -46,9 +46,9 @@ class Stage(nn.Module):
 class WideResNet(Normalized):
     """A stem of 16 channels, three stages, batch norm and activation, average pool, one linear layer.
 
-    Input: (N, 3, 32, 32) in [0, 1], normalized here; output: (N, num_classes) logits. Other sizes, multiples of 4,
-    pass too. depth: 6 n + 4 layers in all, n blocks a stage; width: the widening factor k, WRN-28-10 having 10;
-    act_layer: called without arguments, once per site; mean, std: of the images.
+    Input: (N, 3, 32, 32) in [0, 1], or another size that is a multiple of 4; output: logits (N, num_classes).
+    depth: 6 n + 4 layers, for n blocks per stage; width: the widening factor k (10 in WRN-28-10);
+    act_layer: called without arguments, once per site; mean, std: of the normalization.
     """
 
     def __init__(self, depth, num_classes=10, width=1.0, act_layer=nn.ReLU, mean=MEAN, std=STD):

@@ -330,7 +330,7 @@ def test_npm_fails(script, match, tiny, npm, tmp_path, monkeypatch):
 
 def test_cut_package(tiny, npm, tmp_path):
     npm(tiny.package[: len(tiny.package) // 2])
-    refused(tmp_path, "did not arrive whole")
+    refused(tmp_path, "is incomplete")
 
 
 def test_wrong_sum(tiny, npm, tmp_path, monkeypatch):

@@ -87,7 +87,7 @@ def test_a_frozen_copy_is_the_network_in_eval_mode_without_gradients_for_weights
     assert not any(m.training for m in half.modules())
     assert not any(p.requires_grad for p in half.parameters())
     x = torch.rand(2, 3, 32, 32)
-    assert half(x).dtype == torch.bfloat16  # the door casts the images
+    assert half(x).dtype == torch.bfloat16  # the images are cast to the weights' type
     torch.testing.assert_close(half(x).float(), whole(x), rtol=0.05, atol=0.05)
     # the network itself is as it was
     assert model.training
