@@ -9,7 +9,7 @@ gradients (ICLR 2022); ft_sam: fine-tuning with sharpness-aware minimization (IC
 (NeurIPS 2023); clp: channel Lipschitz pruning (ECCV 2022), of the weights alone; fp: fine-pruning (RAID 2018); anp:
 adversarial neuron pruning (NeurIPS 2021); rnp: reconstructive neuron pruning (ICML 2023); nc: Neural Cleanse (S&P
 2019); dbd: Decoupling the Training Process (ICLR 2022); none: nothing is changed, the victim is measured. Each runs at
-its published constants. A run that was cut off goes on when the same command is given again.
+its published constants. The same command resumes an interrupted run.
 """
 
 import flags  # first: it answers --help and a wrong flag before torch is imported
@@ -43,7 +43,7 @@ class NoDefense:
 
 
 def configure(args):
-    """Return the constants of the method that the flags mean. Raises InputError for a flag it has no use for."""
+    """Return the method's constants by the flags. Raises InputError for a flag that the method does not have."""
     if args.defense == "dbd":
         config, stages = dbd.Config(), ("simclr_epochs", "linear_epochs", "mixmatch_epochs")
         if args.data_rate:
@@ -78,14 +78,15 @@ def repair(args, config, model, partial, dtype):
         x_train, y_train, x_valid, y_valid = inputs.defense_data(args, config.data_rate)
         images, labels = torch.cat((x_train, x_valid)).to(device), torch.cat((y_train, y_valid)).to(device)
     else:
-        images, labels = (t[:0].to(device) for t in data.load_dataset(args.dataset, args.datadir, train=True))
+        images = torch.empty(0, 3, args.size, args.size, dtype=torch.uint8, device=device)
+        labels = torch.empty(0, dtype=torch.int64, device=device)
     print(
         f"{args.defense}: {len(images):,} clean images, labels{'' if config.uses_labels else ' not'} used", flush=True
     )
     partial.begin()
     done = partial.step
     stages = [v for k, v in vars(config).items() if k.endswith("epochs")]
-    total = stages[0] if len(stages) == 1 else None  # one of several may end when it has done enough
+    total = stages[0] if len(stages) == 1 else None  # one of several stages may end early
     with tqdm(total=total, unit="epoch", initial=partial.step) as progress:
 
         def callback(now, state_of):
@@ -99,7 +100,7 @@ def repair(args, config, model, partial, dtype):
             repaired = DEFENSES[args.defense].repair(
                 model, images, labels if config.uses_labels else None, config, args.seed, dtype, callback, partial.state
             )
-        except ValueError as error:  # of this victim, or of weights that went astray; it would be the same again
+        except ValueError as error:  # resuming would raise it again
             partial.remove()
             raise InputError(f"{args.defense} cannot repair this victim: {error}") from None
     for name, value in repaired.findings.items():
@@ -177,7 +178,7 @@ def poisoned_set(images, labels, poison, backdoor, batch_size=1000):
 
 
 def train_by_dbd(args, config, device, dtype):
-    """Train a network with DBD on a `fixed` poisoned set: the images lie on a disk with the trigger on them."""
+    """Train a network with DBD on a `fixed` poisoned set, whose images carry the trigger before training."""
     if place_of(args.attack):
         raise InputError("dbd trains on poisoned images: give --attack a trigger that makes them")
     args.attack, args.network, said = str(args.attack), str(args.network), inputs.new_network(args)
@@ -223,7 +224,7 @@ def train_by_dbd(args, config, device, dtype):
         return evaluate(network, *test_set, backdoor, args.target, args.batch_size, dtype)
 
     def callback(stage, epoch, now, state_of):
-        if "trusted" in now:  # not which samples are trusted, but what share of the poisoned ones
+        if "trusted" in now:  # kept is the share of the poisoned samples that are trusted, not the indices
             trusted = now.pop("trusted")
             if len(poison.indices):
                 now["poisoned_trusted"] = torch.isin(poison.indices, trusted).float().mean().item()

@@ -1,6 +1,6 @@
-"""The defenses that prune: each against its definition, on networks small enough to reckon by hand."""
+"""The pruning defenses: each against its definition, on networks small enough to compute by hand."""
 
-import flags  # noqa: F401  first, as in the commands
+import flags  # first, as in the commands
 
 import copy
 import math
@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import data
+import defend
 from defenses import anp, clp, fp, pruning, rnp
 from tests.running import run_defend
 
@@ -21,7 +22,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def few():
-    """100 of the embedded clean images, ten of each class, as defend.py gives them: those that validate come last."""
+    """100 of the embedded clean images, ten of each class, in defend.py's order, validation images last."""
     images, labels = data.load_dataset("cifar10_sample", None, train=True)
     index = torch.cat(data.defense_split(labels, 0.2))
     return images[index], labels[index]
@@ -358,3 +359,20 @@ def test_clp_needs_no_images(victim_file, tmp_path, capsys):
     assert (tmp_path / "results" / "victim" / "clp,dataset=cifar10_sample.json").exists()
     with pytest.raises(flags.InputError, match="sees no images"):
         run_defend(victim_file, tmp_path, "--defense", "clp", "--data_rate", "0.5")
+
+
+def test_clp_gets_the_size_of_the_images_without_loading_any(monkeypatch):
+    class Reached(Exception):  # noqa: N818
+        pass
+
+    def repair(_model, images, labels, *_):
+        assert labels is None
+        raise Reached(tuple(images.shape), images.dtype)
+
+    monkeypatch.setattr(clp, "repair", repair)
+    monkeypatch.setattr(data, "load_dataset", lambda *_args, **_kwargs: pytest.fail("the data set was loaded"))
+    args = flags.parser("defend.py").parse_args(["--defense", "clp", "--size", "64"])
+    partial = SimpleNamespace(begin=lambda: None, step=0, state=None)
+    with pytest.raises(Reached) as reached:
+        defend.repair(args, clp.Config(), nn.Linear(1, 1), partial, torch.float32)
+    assert reached.value.args == ((0, 3, 64, 64), torch.uint8)
