@@ -1,11 +1,10 @@
-"""Does a network carry a backdoor? The search of Neural Cleanse: the smallest patch that leads any image to a class.
+"""Does a network carry a backdoor? Neural Cleanse searches the smallest patch that leads every image to a class.
 
     python detect.py --ckpt mine.pt
 
 prints for each class the L1 norm of the smallest patch found and its anomaly index, then a verdict, and writes the
-patches as detect_{file}.png. It needs clean images, no labels. What it can find is a patch: a trigger that covers the
-whole image, as those of WaNet, Reflection and Blended do, escapes it. A search that was cut off goes on when the same
-command is given again.
+patches as detect_{file}.png. It needs clean images without labels. It finds patches only: triggers that cover the whole
+image, such as those of WaNet, Reflection and Blended, escape it. The same command resumes an interrupted search.
 """
 
 import flags  # first: it answers --help and a wrong flag before torch is imported
@@ -25,13 +24,13 @@ LIMIT = "a trigger that covers the whole image escapes this search"
 
 
 def verdict(norms, config=inversion.Config()):
-    """Return the verdict on a network whose smallest patches have these L1 norms, a sentence with its limit."""
+    """Return the verdict, a sentence, on a network with these L1 norms of the smallest patch of each class."""
     suspicious, index = inversion.anomalies(norms, config)
     smallest = min(range(len(norms)), key=norms.__getitem__)
     if not suspicious:
         return f"no class stands out (the smallest patch, class {smallest}, has index {index[smallest]:.2f}); {LIMIT}"
     found = " and ".join(f"class {c} (index {index[c]:.2f}, above {config.anomaly:g})" for c in suspicious)
-    return f"suspected target of a backdoor: {found}; a clean class that is easily reached looks alike, see the picture"
+    return f"suspected target of a backdoor: {found}; a clean class can look the same, see the picture"
 
 
 @utils.repeatable()
@@ -43,7 +42,7 @@ def main(argv=None):
     path, model, _ = inputs.load_network(args, device)
     picture = Path(args.outdir) / f"detect_{path.stem}.png"
     utils.check_place(picture)
-    images = torch.cat(inputs.defense_data(args)[::2]).to(device)  # those that learn and those that validate
+    images = torch.cat(inputs.defense_data(args)[::2]).to(device)  # UNIT's training and validation images
     config = inversion.Config()
     settings = {k: getattr(args, k) for k in ("dataset", "data_rate", "draw", "seed")} | asdict(config)
     settings |= {"victim": utils.sha256(path), "precision": str(dtype)}

@@ -4,8 +4,8 @@
     python evaluate.py --attack badnet --ckpt ckpt/cifar10_resnet18_badnet_unit.pt    # after unit.py
     python evaluate.py --attack folder:bd_test_dataset --ckpt theirs.pt               # anybody's triggered images
 
-prints these three, the target class's own accuracy and the counts, and writes demo_{attack}.png: 16 test images clean,
-triggered, and the difference between the two.
+prints these three, the accuracy on the target class and the counts, and writes demo_{attack}.png: 16 test images,
+clean, triggered, and the difference of the two.
 """
 
 import flags  # first: it answers --help and a wrong flag before torch is imported
@@ -22,12 +22,12 @@ from support import activations, inputs, plots
 
 
 class Measured(NamedTuple):
-    """What a network does on the test images: shares in [0, 1], and how many images each was measured on.
+    """Rates in [0, 1] on the test images, and the number of images of each.
 
     BA: benign accuracy, the share of clean images classified correctly. ASR: attack success rate, the share of
     triggered images of the other classes classified as the target. RA: robust accuracy, the share of the same images
     classified as their true class; ASR + RA <= 1, the rest goes to third classes. target_accuracy: BA on the target
-    class alone. ASR and RA are None without a backdoor, target_accuracy without an image of that class.
+    class alone. ASR and RA are None without a backdoor, target_accuracy without an image of the target class.
     All-to-all (target "all"): ASR is the share of all triggered images classified as the class after their true one.
     """
 
@@ -51,26 +51,25 @@ class Measured(NamedTuple):
 def evaluate(model, images, labels, backdoor, target, batch_size=128, dtype=torch.float32, triggered=None):
     """Measure BA on all images, ASR and RA on the triggered images of every class but `target`.
 
-    model: images in [0, 1] to logits (N, num_classes) or an object with `.logits`, put into eval mode; images: uint8
-    (N, 3, H, W), or float in [0, 1]; labels: int64 (N,); backdoor: the trigger, or None to measure clean images alone;
-    target: a class, or "all" for the next of each; batch_size: images at a time, on a GPU 1,000 at least; dtype: what
-    autocast computes in;
-    triggered: (images, their true labels, ...), of any number, with a trigger on them, in the backdoor's place.
-    Returns a Measured. Raises InputError without images, and without one of another class than the target.
+    model: images in [0, 1] to logits (N, num_classes) or an object with `.logits`; it is put into eval mode; images:
+    uint8 or float in [0, 1], (N, 3, H, W); labels: int64 (N,); backdoor: the trigger, or None for BA alone; target: a
+    class, or "all" for all-to-all; batch_size: images per forward pass, on a GPU at least 1,000; dtype: autocast's;
+    triggered: (triggered images, their true labels, ...), any number of them, instead of a backdoor.
+    Returns a Measured. Raises InputError without images, or without one of another class than the target.
     """
     if len(images) == 0:
         raise flags.InputError("there are no images to measure on")
     if backdoor is not None and triggered is not None:
-        raise ValueError("triggered images take the backdoor's place; leave one of the two out")
+        raise ValueError("give either a backdoor or triggered images, not both")
     model.eval()
     device = next((t.device for t in model.parameters()), images.device)
     images, labels = images.to(device), labels.to(device)
     size = utils.pass_size(device, batch_size)
 
     def predict(images, trigger=None):
-        """Return (the classes that the network says, the number of classes)."""
+        """Return (predicted classes, number of classes)."""
         classes = []
-        with utils.autocast(device, dtype):  # one context for all batches: it casts each weight once
+        with utils.autocast(device, dtype):  # one context for all batches, so that each weight is cast once
             for x in images.split(size):
                 x = data.to_float(x)
                 if trigger is not None:
@@ -96,13 +95,13 @@ def evaluate(model, images, labels, backdoor, target, batch_size=128, dtype=torc
         return Measured(share(right), None, None, share(right[of_target]), n[0], 0, n[2])
     elif hasattr(backdoor, "test_set"):
         others, truth = backdoor.test_set(images, labels, target)
-    else:  # any other module
+    else:  # a module that is no Trigger
         others, truth = images[~of_target], labels[~of_target]
     if len(others) == 0:
-        raise flags.InputError(f"every image is of the target class {target}: there is none to measure ASR on")
+        raise flags.InputError(f"there are no images to measure ASR on, only those of the target class {target}")
     if target < 0 and truth is None:
         raise flags.InputError(
-            "this trigger's images have no one true class, and so none after it; give a target class"
+            "images with this trigger have no single true class, as all-to-all needs it; give --target a class"
         )
     classes, _ = predict(others, backdoor)
     asr = share(classes == (target if target >= 0 else (truth + 1) % n_classes))
@@ -117,7 +116,7 @@ def main(argv=None):
     dtype = utils.get_dtype(args.precision, device)
     path, model, checkpoint, backdoor = inputs.load_victim(args, device)
     if args.activations and backdoor is None and args.attack != "none":
-        raise flags.InputError("--activations plants a trigger; leave it out with triggered images")
+        raise flags.InputError("--activations needs a trigger; leave it out with triggered images")
     images, labels, triggered = inputs.test_data(args, checkpoint, device)
     print(f"{path}, {len(images):,} test images of {args.dataset}")
     ready = (args.target, args.batch_size, dtype)

@@ -1,6 +1,6 @@
-"""The flags of every command, bad input, and exit statuses; the bottom floor, without torch.
+"""The flags of every command, bad input, and exit statuses. It imports no torch and no other module of the project.
 
-A script imports this module first. It then answers --help and a wrong flag before the seconds that torch takes.
+A script imports this module first, so that --help and a wrong flag are answered before torch is loaded.
 Exit status of a command: 0 done, 1 a fault of ours, 2 bad input (one line on standard error), 130 interrupted.
 """
 
@@ -22,8 +22,8 @@ DATASETS = ("cifar10", "cifar10_sample", "cifar100", "fashion_mnist", "gtsrb", "
 MAX_SIZE = 1024  # side of an image
 NETWORKS = ("resnet18", "resnet34", "resnet50", "preactresnet18", "vgg11", "vgg13", "vgg16", "vgg19")
 NETWORKS += ("wideresnet16", "wideresnet28", "vit")
-LIBRARIES = ("torchvision", "timm")  # whose networks are known as torchvision:NAME, timm:NAME
-# what images in [0, 1] are normalized with, (mean, std) per color channel, by whom
+LIBRARIES = ("torchvision", "timm")  # their networks are named torchvision:NAME, timm:NAME
+# (mean, std) per color channel of the known normalizations
 NORMALIZATIONS = {
     "authors": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
     "backdoorbench": ((0.4914, 0.4822, 0.4465), (0.247, 0.243, 0.261)),
@@ -33,18 +33,18 @@ NORMALIZATIONS = {
     "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
     "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
 }
-# the baselines that start from a victim, as defenses/ has them
+# the baselines that repair a victim, the keys of defenses.DEFENSES
 DEFENSES = ("ft", "bcu", "ulrl", "nad", "seam", "i_bau", "ft_sam", "fst", "clp", "fp", "anp", "rnp", "nc")
 ATTACKS = ("badnet", "wanet", "reflection", "blended", "adaptive_blend", "blend", "cl", "composite", "dfst")
 ATTACKS += ("dynamic", "filter", "input_aware", "invisible", "lira", "patch", "sig", "trojnn")
 
 
 class InputError(ValueError):
-    """Bad input that the user can mend; its message is one line that says what to do."""
+    """Bad input that the user can correct; its message is one line that says what to do."""
 
 
 class Unsaid(str):
-    """The default of a flag that the user did not give, where that makes a difference; else a string like any."""
+    """A string that marks the default of a flag, for flags where it matters whether the user gave them."""
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -53,14 +53,14 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse with the error in one line, and a command line that it cannot read always ending in status 2."""
+    """ArgumentParser whose errors are one line, with exit status 2."""
 
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())} (see {self.prog} --help)\n")
 
 
 def bounded(kind, low=None, high=None, low_open=False):
-    """Return an argparse type: a `kind` (int or float) from `low` to `high`; `low_open` leaves `low` itself out."""
+    """Return an argparse type: a `kind` (int or float) from `low` to `high`, without `low` itself if low_open."""
 
     def parse(text):
         try:
@@ -98,12 +98,12 @@ def network(text):
 
 
 def _of_normalization(text):
-    """Return a number, or the name of a normalization, or `auto`."""
+    """Return a number, the name of a normalization, or `auto`."""
     return text if text in (*NORMALIZATIONS, "auto") else bounded(float)(text)
 
 
 def normalization(args):
-    """Return (mean, std) by --mean and --std, "auto", or None where they say nothing. Raises InputError."""
+    """Return the (mean, std) of --mean and --std, "auto", or None without these flags. Raises InputError."""
     mean, std = args.mean, args.std
     names = {v for values in (mean, std) for v in values or () if isinstance(v, str)}
     if mean is None and std is None:
@@ -119,9 +119,8 @@ def normalization(args):
 
 
 def place_of(name):
-    """Return (kind, path) of something of the user's own, or None for the name of something known.
-
-    `folder:PATH` is ("folder", PATH); `npz:PATH`, and any name that ends in .npz, is ("npz", PATH).
+    """Return (kind, path) of a user's own data: ("folder", PATH) for `folder:PATH`, ("npz", PATH) for `npz:PATH` and
+    for any name that ends in .npz. Return None for any other name.
     """
     kind, colon, path = name.partition(":")
     if colon and kind in ("folder", "npz"):
@@ -130,7 +129,7 @@ def place_of(name):
 
 
 def one_of(known, *kinds):
-    """Return an argparse type: a name in `known`, or something of the user's own of one of `kinds`, see place_of()."""
+    """Return an argparse type: a name in `known`, or a user's own data of one of `kinds`, see place_of()."""
 
     def parse(text):
         place = place_of(text)
@@ -143,7 +142,7 @@ def one_of(known, *kinds):
 
 
 def class_or_all(text):
-    """Return the class that a trigger should give, an int, or `all`: of each class the next."""
+    """Return the target class, an int, or `all` for all-to-all."""
     return text if text == "all" else bounded(int, 0)(text)
 
 
@@ -151,12 +150,12 @@ DATASET = one_of(DATASETS, "folder", "npz")
 
 
 def _network(p, plants=False):
-    """Add the flags that say which network, on which images, and where; names and defaults are the authors'.
+    """Add the flags of network, data and device; names and defaults are the authors'.
 
-    plants: whether the command plants triggers; any other also takes images that are triggered already.
+    plants: whether the command itself puts triggers on images; all others also take triggered images.
     """
     known, own = (("none", *ATTACKS), ()) if plants else (("none", "file", *ATTACKS), ("folder",))
-    own_images = "; file: the checkpoint's own triggered images; folder:PATH: a folder of them per true class"
+    own_images = "; file: the checkpoint's own triggered images; folder:PATH: triggered images in a folder per class"
     also = "" if plants else own_images
     p.add_argument("--datadir", default=str(ROOT / "data"), help="folder of the data sets")
     p.add_argument("--dataset", default="cifar10", type=DATASET, help=f"{', '.join(DATASETS)}, folder:PATH, npz:PATH")
@@ -166,9 +165,9 @@ def _network(p, plants=False):
         help=f"network of the victim: {', '.join(NETWORKS)}, torchvision:NAME, timm:NAME",
     )  # fmt: skip
     p.add_argument("--attack", default=Unsaid("badnet"), type=one_of(known, *own), help=f"{', '.join(known)}{also}")
-    if plants:  # plain strings, for they go into the checkpoint
+    if plants:  # plain strings, because they are saved in the checkpoint
         p.set_defaults(network="resnet18", attack="badnet")
-    for name, usual in (("mean", "what the checkpoint says, else the best of the known"), ("std", "that of --mean")):
+    for name, usual in (("mean", "the checkpoint's, else the known one of best accuracy"), ("std", "that of --mean")):
         p.add_argument(
             f"--{name}", nargs="+", type=_of_normalization, metavar="VALUE",
             help=f"normalization: three numbers or {', '.join(NORMALIZATIONS)}, auto (default: {usual})",
@@ -179,10 +178,10 @@ def _network(p, plants=False):
 
 
 def _common(p, plants=False):
-    """Add the flags that every command has which measures a network under a trigger; plants: see _network()."""
+    """Add the flags of every command that measures ASR; plants: see _network()."""
     _network(p, plants)
     p.add_argument("--batch_size", default=128, type=COUNT, help="images per batch: evaluation, train.py")
-    p.add_argument("--target", default=0, type=class_or_all, help="class the trigger should give; all: each one's next")
+    p.add_argument("--target", default=0, type=class_or_all, help="target class; all: each class to the next")
 
 
 def _victim(p):
@@ -190,7 +189,7 @@ def _victim(p):
 
 
 def _resume(p):
-    p.add_argument("--resume", default=True, action=argparse.BooleanOptionalAction, help="go on after a cut-off run")
+    p.add_argument("--resume", default=True, action=argparse.BooleanOptionalAction, help="resume an interrupted run")
 
 
 def _trigger_of(p):
@@ -211,7 +210,7 @@ def _defense_data(p, usual):
 def _flip(p):
     p.add_argument(
         "--flip", action=argparse.BooleanOptionalAction,
-        help="mirror images at random in augmentation (default: where it keeps the class; not of folder:, npz:)",
+        help="mirror images at random in augmentation (default: if that keeps the class; not for folder:, npz:)",
     )  # fmt: skip
 
 
@@ -225,12 +224,12 @@ def _unit(p):
     p.add_argument("--phase", default="unit", choices=("unit", "test"), help="test: measure what an earlier run saved")
     p.add_argument("--lr", default=1e-3, type=POSITIVE, help="learning rate of the bounds")
     p.add_argument("--n_steps", default=300, type=COUNT, help="steps of the search")
-    p.add_argument("--step_images", type=COUNT, help="training images of a step, drawn anew each time (default: all)")
-    p.add_argument("--acc_degrade", default=0.03, type=bounded(float, 0, 1), help="validation accuracy it may cost")
+    p.add_argument("--step_images", type=COUNT, help="training images per step, drawn at each step (default: all)")
+    p.add_argument("--acc_degrade", default=0.03, type=bounded(float, 0, 1), help="validation accuracy bounds may cost")
     _defense_data(p, "0.05; all of cifar10_sample")
     _flip(p)
-    p.add_argument("--micro_batch", type=COUNT, help="images in memory at a time (default: 100 on a CPU, else 1000)")
-    p.add_argument("--max_minutes", type=POSITIVE, help="end the search then; given again, the command goes on")
+    p.add_argument("--micro_batch", type=COUNT, help="images per forward pass (default: 100 on a CPU, else 1000)")
+    p.add_argument("--max_minutes", type=POSITIVE, help="end the search after that time; the same command resumes it")
     _resume(p)
     _victim(p)
     p.add_argument("--out", help="where to save (default: ckpt/{dataset}_{network}_{attack}_unit.pt)")
@@ -243,7 +242,7 @@ def _evaluate(p):
     _common(p)
     p.add_argument("--ckpt", help="victim or defended model (default: the victim of --network and --attack)")
     _trigger_of(p)
-    p.add_argument("--activations", action="store_true", help="also what the trigger does inside: table and picture")
+    p.add_argument("--activations", action="store_true", help="also the trigger's effect on activations, as a picture")
     p.add_argument("--outdir", default=".", help="folder of the picture")
 
 
@@ -251,21 +250,21 @@ def _train(p):
     _common(p, plants=True)
     _width(p)
     _flip(p)
-    p.add_argument("--epochs", default=30, type=COUNT, help="as many images each as the training set has")
+    p.add_argument("--epochs", default=30, type=COUNT, help="epochs, of as many images as the training set has")
     p.add_argument("--lr", default=0.1, type=POSITIVE, help="peak learning rate")
     p.add_argument("--weight_decay", default=5e-4, type=bounded(float, 0), help="on all parameters")
     p.add_argument(
         "--sampling", default="resampled", choices=("resampled", "fixed"),
-        help="poisoned images drawn anew at every access, trigger after augmentation; or drawn once, trigger before",
+        help="poisoned images drawn at every access, trigger after augmentation; or drawn once, trigger before",
     )  # fmt: skip
     p.add_argument(
         "--trigger_width", type=bounded(int, 1, 256),
-        help="channels of a learned trigger's first layer (default: as in the papers for dynamic, 64, and lira, 16;"
-        " what two cores allow for dfst and invisible, 16 of 32, and input_aware, 8 of 32)",
+        help="channels of a learned trigger's first layer (default: the papers' for dynamic, 64, and lira, 16; less"
+        " for dfst and invisible, 16 of 32, and for input_aware, 8 of 32)",
     )  # fmt: skip
     p.add_argument("--surrogate", help="clean network for cl (default: ckpt/{dataset}_resnet18-w0.25_none.pt)")
     _resume(p)
-    p.add_argument("--overwrite", action="store_true", help="train again although the victim lies there already")
+    p.add_argument("--overwrite", action="store_true", help="train again if the victim exists")
     p.add_argument("--ckpt", help="where to write (default: ckpt/{dataset}_{network}_{attack}.pt)")
 
 
@@ -274,10 +273,10 @@ def _defend(p):
     p.add_argument("--defense", required=True, choices=("none", *DEFENSES, "dbd"), help="none: measure the victim")
     _defense_data(p, "the method's own; all of cifar10_sample")
     _flip(p)
-    p.add_argument("--epochs", nargs="+", type=COUNT, help="one number where the method has one, three stages' for dbd")
+    p.add_argument("--epochs", nargs="+", type=COUNT, help="one number; for dbd three, one per stage")
     _width(p)
     _resume(p)
-    p.add_argument("--overwrite", action="store_true", help="dbd: train again although the result lies there already")
+    p.add_argument("--overwrite", action="store_true", help="dbd: train again if the result exists")
     _victim(p)
     _trigger_of(p)
     p.add_argument("--out", help="where to save (default: ckpt/{dataset}_{network}_{attack}_{defense}.pt)")
@@ -297,7 +296,7 @@ def _compare(p):
     p.add_argument("--victims", nargs="*", help="checkpoints (default: all victims in ckpt/)")
     p.add_argument(
         "--defenses", nargs="*", default=("none", *DEFENSES, "unit", "unit,step_images=250"),
-        help="columns to fill; other settings behind commas, as in unit,acc_degrade=0.05",
+        help="columns to fill; settings after commas, as in unit,acc_degrade=0.05",
     )  # fmt: skip
     p.add_argument("--run", default=True, action=argparse.BooleanOptionalAction, help="run what has no record")
     p.add_argument("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"), help="where to compute")
@@ -323,12 +322,12 @@ def parser(command):
 
 
 def keep_freed_memory():
-    """Let glibc keep the memory of freed tensors for the next ones; another C library is left as it is.
+    """Make glibc keep the memory of freed tensors; without effect with another C library.
 
-    By default it gives each large one back to the system and fetches it anew, page by page: a tenth of the time of
-    training and of UNIT on two cores, a fifth of evaluate.py's.
+    By default glibc returns each large block to the system and gets it again page by page, which takes a tenth of the
+    time of training and UNIT on two cores, a fifth of evaluate.py's.
     """
-    trim_threshold, mmap_max = -1, -4  # mallopt's names of the two
+    trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD, M_MMAP_MAX of malloc.h
     with contextlib.suppress(OSError, AttributeError, TypeError):  # no mallopt here
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(mmap_max, 0)
@@ -336,7 +335,7 @@ def keep_freed_memory():
 
 
 def run(main):
-    """Call `main()` as a command: turn its outcome into an exit status and leave the process with it."""
+    """Call `main()` and end the process with its exit status."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     warnings.formatwarning = lambda message, *_args, **_kwargs: f"note: {message}\n"
     keep_freed_memory()
@@ -349,12 +348,12 @@ def run(main):
         print("interrupted", file=sys.stderr)
         _leave(130)
     except (MemoryError, RuntimeError) as error:
-        # numpy's, torch's own allocator's, a GPU's
+        # out of memory, in NumPy, torch's CPU allocator or on a GPU
         if not (isinstance(error, MemoryError) or re.search("can't allocate memory|out of memory", str(error))):
             raise
-        print("error: there is not memory enough; lower --batch_size, --micro_batch or --size", file=sys.stderr)
+        print("error: out of memory; lower --batch_size, --micro_batch or --size", file=sys.stderr)
         _leave(2)
-    except BrokenPipeError:  # whoever read what is printed has left
+    except BrokenPipeError:  # the reader of standard output has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         _leave(1)
     _leave(0)
@@ -371,7 +370,7 @@ def _leave(status):
         distributed.destroy_process_group()
         sys.stdout.flush()
         sys.stderr.flush()
-        # a thread of gloo may still be letting go of the last tensors: it aborts where the interpreter is torn down
+        # a gloo thread may still free tensors, and would abort while the interpreter shuts down
         os._exit(status)
     sys.exit(status)
 

@@ -1,8 +1,8 @@
-"""Train a victim: poison a data set, train a network on it, save it with everything needed to judge it.
+"""Train a victim: poison a data set, train a network on it, and save it with its trigger, settings and figures.
 
     python train.py --attack badnet     # writes ckpt/cifar10_resnet18_badnet.pt
 
-A run that was cut off goes on after its last whole epoch when the same command is given again.
+The same command resumes an interrupted run after its last whole epoch.
 """
 
 import flags  # first: it answers --help and a wrong flag before torch is imported
@@ -23,22 +23,22 @@ from fast import ranks
 from support import inputs, machine
 from support.resume import Partial
 
-QUICK = 1000  # test images measured after each epoch; all of them after the last
+QUICK = 1000  # test images measured after each epoch; all are measured after the last
 # the settings that determine a victim
 SETTINGS = ("dataset", "network", "attack", "seed", "batch_size", "target", "width", "epochs", "lr", "weight_decay")
 SETTINGS += ("poison_rate", "sampling", "precision", "size", "trigger_width")
 
 
 def learning_rate(step, n_steps, peak, warmup=0.15):
-    """Return the rate at `step` of `n_steps`: rising linearly to `peak` over the first 15 %, then falling to 0."""
+    """Return the rate at `step` of `n_steps`: it rises linearly to `peak` over the first 15 %, then falls to 0."""
     rise = warmup * n_steps
     return peak * min((step + 1) / rise, (n_steps - step) / (n_steps - rise))
 
 
 def poisoned_batch(images, labels, index, roles, poison, backdoor, generator, flip=True):
-    """Return one training batch, float in [0, 1], and its labels; augmentation and trigger in the sampling's order.
+    """Return a training batch (float (B, 3, H, W) in [0, 1], labels); poison.early says if the trigger comes first.
 
-    images, labels: the whole training set, uint8 (N, 3, H, W) and int64 (N,); index: int64 (B,), the batch;
+    images, labels: the whole training set, uint8 (N, 3, H, W) and int64 (N,); index: int64 (B,), the batch's images;
     roles: int64 (B,): 0 clean, 1 poisoned, 2 cover; backdoor: a Trigger, or None for a clean set; flip: whether
     augmentation mirrors the images.
     """
@@ -49,7 +49,7 @@ def poisoned_batch(images, labels, index, roles, poison, backdoor, generator, fl
     x = x if poison.early else data.augment(x, generator, flip=flip)
     x, given = backdoor.plant(x, y, roles, index, poison.target, generator)
     x = data.augment(x, generator, flip=flip) if poison.early else x
-    if poison.target < 0:  # the trigger has marked what is poisoned: each gets the class after its own
+    if poison.target < 0:  # all-to-all: plant() has labeled the poisoned images -1
         given = torch.where(given < 0, poison.wanted(y), given)
     return x, given
 
@@ -59,10 +59,10 @@ def _generator(seed, epoch, stream, rank=0):
 
 
 def training_batches(train_set, poison, backdoor, config, epoch):
-    """Yield (images float in [0, 1], labels, size of the whole batch) of one epoch, this process's share of each batch.
+    """Yield (images float in [0, 1], labels, batch size over all processes) of an epoch, with this process's images.
 
-    train_set: uint8 (N, 3, H, W) and int64 (N,). All follows from seed and epoch, so that a resumed run sees the same
-    images.
+    train_set: uint8 (N, 3, H, W) and int64 (N,). All draws depend on seed and epoch alone, so that a resumed run sees
+    the same images.
     """
     size = config["batch_size"]
     order, roles = epoch_order(poison, len(train_set[0]), size, _generator(config["seed"], epoch, 0))
@@ -76,15 +76,15 @@ def training_batches(train_set, poison, backdoor, config, epoch):
 
 
 def train_epoch(step, optimizers, train_set, poison, backdoor, config, epoch, progress):
-    """Train one epoch in place; return (mean loss, share of training labels met).
+    """Train one epoch in place; return (mean loss, training accuracy).
 
-    step: what fast.training_step() returns; optimizers: of the victim and, where one is trained along, of the trigger;
-    progress: called at each step with the images seen.
+    step: the function from fast.training_step(); optimizers: that of the victim and, if the trigger is trained along,
+    that of the trigger; progress: called at each step with the batch size.
     """
     n = len(train_set[0])
     total = torch.zeros(2, device=train_set[0].device)
     per_epoch = -(-n // config["batch_size"])
-    # what draws by torch's own generator, as a trigger's dropout, draws alike after a resume
+    # for draws from torch's global generator, such as a trigger's dropout, after a resume
     torch.manual_seed(_generator(config["seed"], epoch, 2).initial_seed())
     if backdoor is not None:
         backdoor.start_epoch(epoch, config["epochs"])
@@ -102,12 +102,12 @@ def train_epoch(step, optimizers, train_set, poison, backdoor, config, epoch, pr
 
 
 def state_of(backdoor):
-    """Return the trigger's state as it lies in a checkpoint, None without a trigger."""
+    """Return the trigger's state for a checkpoint, None without a trigger."""
     return None if backdoor is None else {k: v.cpu() for k, v in backdoor.state_dict().items()}
 
 
 def save_victim(model, config, poison, backdoor, test_set, dtype, history, seconds, path):
-    """Round the weights to half precision, measure what that gives on `test_set`, save it; return the Measured."""
+    """Round the weights to half precision, measure the result on `test_set`, save it; return the Measured."""
     state = utils.half_weights(model.state_dict())
     model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in state.items()})
     measured = evaluate(model, *test_set, backdoor, config["target"], config["batch_size"], dtype)
@@ -157,12 +157,12 @@ def main(argv=None):
         poison = poison_training_set(train_set[1], args.attack, args.target, args.poison_rate, args.seed, args.sampling)
     except ValueError as error:
         raise flags.InputError(str(error)) from None
-    torch.manual_seed(args.seed)  # of a trigger that is learned
+    torch.manual_seed(args.seed)  # for the networks of a learned trigger
     backdoor = inputs.load_trigger(args.attack, {"trigger": None}, device, args.size, args.trigger_width)
     config["trigger_width"] = None if backdoor is None else backdoor.width
     along = None if backdoor is None else backdoor.optimizer()
     if along is not None and ranks.ranks()[1] > 1:
-        raise flags.InputError(f"the trigger of {args.attack} is trained along: train in one process, without torchrun")
+        raise flags.InputError(f"{args.attack} trains its trigger along: use one process, without torchrun")
 
     torch.manual_seed(args.seed)
     model = models.get_model(args.network, len(classes), args.width, mean=config["mean"], std=config["std"]).to(device)

@@ -5,7 +5,8 @@
     python unit.py --attack badnet --dataset cifar10_sample --n_steps 100   # 500 embedded images, no download
 
 Every neuron of a trained network gets an upper bound on its activation, as tight as a small loss of accuracy on clean
-images allows; a trigger's outsized activations are clipped there. The weights never change.
+images allows. Activations are clipped there, so that the abnormally large ones of a trigger no longer reach the output.
+The weights do not change.
 """
 
 import flags  # first: it answers --help and a wrong flag before torch is imported
@@ -34,26 +35,26 @@ from support.watch import Watch
 
 @dataclass(frozen=True)
 class UnitConfig:
-    """Settings of the search: the paper's, those that only the authors' code states, and how it is computed."""
+    """Settings of the search: those of the paper and of the authors' code, then those of the computation."""
 
     lr: float = 1e-3  # of Adam on the bounds
     n_steps: int = 300
-    step_images: int | None = None  # training images of a step, drawn anew each time; None: all, as published
-    acc_degrade: float = 0.03  # accuracy on the validation images that may be lost
+    step_images: int | None = None  # training images per step, drawn at each step; None: all, as published
+    acc_degrade: float = 0.03  # validation accuracy that the bounds may cost
     n_sigma: float = 4.0  # bounds start at mean + 4 std
-    alpha: float = 1e-3  # weight of R at the start, and what it is reset to
+    alpha: float = 1e-3  # initial weight of R, and the value it is reset to
     alpha_up: float = 2.0  # factor after `patience` good steps in a row
     alpha_down: float = 2**1.5  # divisor after `patience` bad steps in a row
     patience: int = 5
     betas: tuple[float, float] = (0.5, 0.9)  # of Adam
-    eps: float = 1e-8  # of Adam; it matters, the gradient of alpha * R is itself about 1e-8
+    eps: float = 1e-8  # of Adam; it matters, because the gradient of alpha * R is itself about 1e-8
     seed: int = 0  # of the draw of step_images
-    micro_batch: int | None = None  # images in memory at a time, None: by device; changes nothing but rounding
-    precision: str = "fp32"  # of the network's arithmetic, or bf16; the bounds are fp32 always
-    plain: bool = False  # True: search on the network as it is written down, without the fast room's help
+    micro_batch: int | None = None  # images per forward pass, None: by device; it changes only rounding
+    precision: str = "fp32"  # of the network's arithmetic, or bf16; the bounds are always fp32
+    plain: bool = False  # True: the reference, without the code of fast/
 
     def check(self, n_train):
-        """Raise ValueError for a setting that cannot be; n_train: how many training images there are."""
+        """Raise ValueError for an impossible setting; n_train: number of training images."""
         for name in ("lr", "n_steps", "patience", "micro_batch", "step_images"):
             if (value := getattr(self, name)) is not None and not value > 0:
                 raise ValueError(f"{name} is {value}; it must be above 0")
@@ -67,12 +68,12 @@ class UnitConfig:
 
 @dataclass
 class UnitResult:
-    """What tighten() found.
+    """The result of tighten().
 
     bounds: {site: (C, H, W)}, all >= 0, after the update of `best_step`.
-    best_step: the good step of the smallest R, counted from 0; the last step when none was good (found_good is False).
-    history: one value per step: `alpha`, `ce` and `reg` (R) before its update, `valid_acc` after it.
-    initial_acc: accuracy of the unclipped network on the validation images.
+    best_step: the good step of the smallest R, counted from 0; the last step if none was good (found_good is False).
+    history: {name: one value per step}: `alpha`, `ce` and `reg` (R) before the step's update, `valid_acc` after it.
+    initial_acc: validation accuracy of the unclipped network.
     """
 
     bounds: dict
@@ -84,19 +85,19 @@ class UnitResult:
 
 @dataclass
 class AlphaSchedule:
-    """The weight alpha of R: doubled while accuracy holds, cut when it does not."""
+    """The weight alpha of R: doubled while accuracy holds, divided by 2 ** 1.5 while it does not."""
 
     config: UnitConfig = field(default_factory=UnitConfig)
-    alpha: float = field(init=False)  # of the step to come
+    alpha: float = field(init=False)  # of the next step
     up: int = 0  # good steps in a row
     down: int = 0  # bad steps in a row
-    resets: int = 0  # good steps in a row with alpha under its start
+    resets: int = 0  # good steps in a row with alpha below its initial value
 
     def __post_init__(self):
         self.alpha = self.config.alpha
 
     def update(self, good):
-        """Move on by one step; good: whether the step's validation accuracy was within the budget."""
+        """Update alpha after a step; good: whether its validation accuracy was within the budget."""
         c = self.config
         self.resets = self.resets + 1 if good and self.alpha < c.alpha else 0
         if self.resets == c.patience:
@@ -109,9 +110,9 @@ class AlphaSchedule:
 
 
 class Search:
-    """A search under way: the bounds, their optimizer, alpha, what has been measured, and the best so far.
+    """The state of a search: the bounds, their optimizer, alpha, the history, and the best bounds so far.
 
-    sites: {site: clip} of the network; initial_acc: its accuracy without bounds on the validation images.
+    sites: {site: clip} of the network; initial_acc: validation accuracy of the unclipped network.
     """
 
     def __init__(self, sites, initial_acc, config):
@@ -126,7 +127,7 @@ class Search:
 
     @property
     def step(self):
-        """How many steps are done."""
+        """Number of steps done."""
         return len(self.history["ce"])
 
     def clip_levels(self):
@@ -135,28 +136,28 @@ class Search:
 
     @torch.no_grad()
     def record(self, good, **now):
-        """Take what a step gave: alpha, ce, reg and valid_acc; good: whether the last is within the budget."""
+        """Record a step's alpha, ce, reg and valid_acc; good: whether valid_acc is within the budget."""
         if good and now["reg"] < self.best["reg"]:
             self.best = {"reg": now["reg"], "step": self.step, "bounds": self.clip_levels()}
         for key, value in now.items():
             self.history[key].append(value)
 
     def result(self):
-        """Return the UnitResult of the steps done, one at least."""
+        """Return the UnitResult of the steps done, at least one."""
         best, found_good = self.best, self.best["step"] is not None
         step, bounds = (best["step"], best["bounds"]) if found_good else (self.step - 1, self.clip_levels())
         bounds = {name: level.detach() for name, level in bounds.items()}
         return UnitResult(bounds, step, found_good, self.history, self.initial_acc)
 
     def state_dict(self):
-        """Return a copy of the search's state, tensors and plain values: bounds, optimizer, alpha, history, best."""
+        """Return a copy of the state as tensors and plain values: bounds, optimizer, alpha, history, best bounds."""
         schedule = {k: v for k, v in vars(self.schedule).items() if k != "config"}
         state = {"bounds": [b.detach() for b in self.bounds], "optimizer": self.optimizer.state_dict()}
         return copy.deepcopy(state | {"schedule": schedule, "history": self.history, "best": self.best})
 
     @torch.no_grad()
     def load_state_dict(self, state):
-        """Restore a state_dict(). With the same model, images and config the search goes on bit for bit."""
+        """Restore a state_dict(). With the same model, images and config the search continues bit for bit."""
         state = copy.deepcopy(state)
         for bound, value in zip(self.bounds, state["bounds"], strict=True):
             bound.copy_(value)
@@ -167,14 +168,14 @@ class Search:
 
 @utils.repeatable()
 def tighten(model, x_train, y_train, x_valid, y_valid, config=UnitConfig(), callback=None, state=None):
-    """Learn a tight upper bound for every neuron's activation; the model itself is left as it is.
+    """Learn a tight upper bound for every neuron's activation; `model` itself is not changed.
 
-    model: any nn.Module of images in [0, 1] to logits (N, classes), or to an object with `.logits`; it normalizes them
-    itself. Images: uint8 (N, 3, H, W) or float in [0, 1], labels int64 (N,), on any device.
-    callback: called after each step with the Search; the search ends early when it returns true.
-    state: a Search's state_dict(), to go on from. Under torchrun the processes share the images.
+    model: any nn.Module that takes images in [0, 1], normalizes them itself, and returns logits (N, classes) or an
+    object with `.logits`. Images: uint8 or float in [0, 1], (N, 3, H, W); labels: int64 (N,); on any device.
+    callback: called after each step with the Search; a true value ends the search early.
+    state: a Search.state_dict() to resume from. Under torchrun the processes share the images.
     Returns a UnitResult; models.clipped(model, result.bounds) is the defended network.
-    Raises ValueError for images, labels or settings that cannot be, and for a network that cannot be clipped
+    Raises ValueError for invalid images, labels or settings, and for a network that cannot be clipped
     (models.activation_sites).
     """
     config.check(len(x_train))
@@ -198,15 +199,15 @@ def tighten(model, x_train, y_train, x_valid, y_valid, config=UnitConfig(), call
 
     for step in range(search.step, config.n_steps):
         # L = CE(f_c(x), y) + alpha * R,  c = max(b, 0),  R = sum over sites of mean(c); backward in two parts
-        search.optimizer.zero_grad(set_to_none=False)  # a bound that no logit depends on has gradient 0
+        search.optimizer.zero_grad(set_to_none=False)  # zeros, for bounds on which no logit depends
         x, y = draw_images(x_train, y_train, config, step)
         ce = cross_entropy_backward(net, search.bounds, x, y, size)
         alpha, reg = search.schedule.alpha, sum(c.mean() for c in search.clip_levels().values())
         (alpha * reg).backward()
         search.optimizer.step()
 
-        # good: the updated bounds cost no more accuracy than acc_degrade; the good step of the smallest R (of before
-        # its update, as published) is the best
+        # good: the updated bounds cost at most acc_degrade of accuracy. The best step is the good one of the smallest R
+        # (that before its update, as published).
         valid_acc = accuracy(net, x_valid, y_valid, size)
         good = valid_acc >= initial_acc - config.acc_degrade
         search.record(good, alpha=alpha, ce=ce.item(), reg=reg.item(), valid_acc=valid_acc)
@@ -217,9 +218,9 @@ def tighten(model, x_train, y_train, x_valid, y_valid, config=UnitConfig(), call
 
 
 def initial_bounds(net, sites, x, size, n_sigma):
-    """Return {site: mean + n_sigma * std of its unclipped activation over the images}, (C, H, W), std by n - 1.
+    """Return {site: (C, H, W)}, mean + n_sigma * std of each unclipped activation over the images, std by n - 1.
 
-    sites: models.activation_sites(net, ...); x: the training images, run through the network `size` at a time.
+    sites: models.activation_sites(net, ...); x: the training images, of which `size` are passed at a time.
     """
     device = next(net.parameters()).device
     moments = models.activation_moments(net, sites, (data.to_float(x_batch.to(device)) for x_batch in x.split(size)))
@@ -236,7 +237,7 @@ def draw_images(x, y, config, step):
 
 
 def cross_entropy_backward(net, bounds, x, y, size):
-    """Leave d CE / d b in each bound's .grad and return CE, the mean over all images, run `size` at a time."""
+    """Add d CE / d b to each bound's .grad and return CE, the mean over all images, of which `size` pass at a time."""
     n, ce = len(y), torch.zeros((), device=bounds[0].device)
     for x_batch, y_batch in ranks.share(x, y, size, ce.device):
         loss = F.cross_entropy(net(data.to_float(x_batch)).float(), y_batch, reduction="sum") / n
@@ -250,7 +251,7 @@ def cross_entropy_backward(net, bounds, x, y, size):
 
 @torch.no_grad()
 def accuracy(net, x, y, size):
-    """Return the share of images that `net` classifies as labeled, rounded to float32, as published."""
+    """Return the accuracy of `net`, rounded to float32 as published."""
     device = next(net.parameters()).device
     hits = torch.zeros((), dtype=torch.int64, device=device)
     for x_batch, y_batch in ranks.share(x, y, size, device):
@@ -320,10 +321,10 @@ def main(argv=None):
         "bounds": {k: v.cpu() for k, v in result.bounds.items()},
         "defense": {"name": "unit", "best_step": result.best_step, **asdict(config)},
     }
-    if backdoor is not None and checkpoint["attack"] is None:  # a file from elsewhere: what the user knows of it
+    if backdoor is not None and checkpoint["attack"] is None:  # a file without an attack: save the user's
         trigger = {k: v.cpu() for k, v in backdoor.state_dict().items()}
         saved |= {"attack": args.attack, "target": args.target, "trigger": trigger}
-    utils.save_checkpoint(saved | dict.fromkeys(before._fields), out)  # whatever happens from here on
+    utils.save_checkpoint(saved | dict.fromkeys(before._fields), out)  # before measuring, which may be interrupted
     defended = models.clipped(model, result.bounds)
     after = measure(defended)
     utils.save_checkpoint(saved | after._asdict(), out)

@@ -1,4 +1,4 @@
-"""What the commands share: device and precision, files that are whole or absent, checkpoints."""
+"""What the commands share: device and precision, files written whole or not at all, checkpoints."""
 
 from flags import ATTACKS, DATASETS, DEFENSES, MAX_SIZE, NORMALIZATIONS, ROOT, InputError, place_of
 
@@ -20,7 +20,7 @@ __all__ = ["load_dataset"]
 
 CKPT = ROOT / "ckpt"
 FORMAT = 1  # of our checkpoints
-# what a checkpoint may leave open
+# the keys that a checkpoint may lack
 UNKNOWN = ("attack", "target", "dataset", "size", "trigger", "bounds", "defense", "mean", "std", "bd_test", "folder")
 
 
@@ -28,9 +28,9 @@ UNKNOWN = ("attack", "target", "dataset", "size", "trigger", "bounds", "defense"
 
 
 def get_device(name="auto"):
-    """Return the torch.device for `auto`, `cuda`, `mps` or `cpu`; auto takes the first of these that is there.
+    """Return the torch.device for `auto`, `cuda`, `mps` or `cpu`; auto takes the first available of cuda, mps, cpu.
 
-    Raises InputError when the one asked for is not there.
+    Raises InputError for a device that is not available.
     """
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
@@ -41,9 +41,8 @@ def get_device(name="auto"):
 
 
 def has_fast_bf16(device):
-    """Return whether bf16 arithmetic is faster than fp32 on this device: AMX, AMD's AVX-512 bf16, Ampere or later.
-
-    On Intel's processors AVX-512 bf16 alone is no faster than fp32.
+    """Return whether bf16 is faster than fp32 on this device: a CPU with AMX, an AMD CPU with AVX-512 bf16, a GPU from
+    Ampere on. On Intel CPUs AVX-512 bf16 without AMX is not faster.
     """
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device)[0] >= 8
@@ -54,7 +53,7 @@ def has_fast_bf16(device):
 
 
 def has_amx(device):
-    """Return whether this device is a processor with AMX's bf16 tiles."""
+    """Return whether this device is a CPU with AMX."""
     return device.type == "cpu" and getattr(torch.cpu, "_is_amx_tile_supported", bool)()
 
 
@@ -68,23 +67,23 @@ def get_dtype(precision, device):
 def autocast(device, dtype):
     """Return the autocast context for `dtype`; with float32 it does nothing.
 
-    On a GPU it keeps no casts: a recorded pass has its own.
+    On a GPU it does not cache casts, because CUDA graphs contain theirs.
     """
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32, cache_enabled=device.type != "cuda")
 
 
 def repeatable():
-    """Return a context, or decorator, in which a GPU gives the same bits again and fp32 means fp32 (no TF32)."""
+    """Return a context manager, also a decorator, in which cuDNN is deterministic and uses no TF32."""
     return torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
 
 
 def pass_size(device, n):
-    """Return how many images to take at a time: n, or on a GPU, which small batches keep waiting, 1,000 at least."""
+    """Return the number of images per forward pass: n on a CPU, at least 1,000 on a GPU, which needs large batches."""
     return n if device.type == "cpu" else max(n, 1000)
 
 
 def cpu_name():
-    """Return the processor's name as the system has it."""
+    """Return the CPU's name as the system reports it."""
     info = Path("/proc/cpuinfo")
     if info.exists():
         for line in info.read_text().splitlines():
@@ -93,16 +92,16 @@ def cpu_name():
     return platform.processor() or platform.machine()
 
 
-# --- files that are whole or absent -----------------------------------------------------------------------------------
+# --- files written whole or not at all --------------------------------------------------------------------------------
 
 
 def write_whole(path, write):
     """Call write(temporary path) beside `path`, then rename it to `path`: a kill leaves the old file or none.
 
-    Raises InputError when the disk refuses (full, read-only).
+    Raises InputError when the file cannot be written (full disk, read-only folder).
     """
     path = Path(path)
-    if path.exists() and not path.is_file():  # a rename would take a device's or a pipe's place
+    if path.exists() and not path.is_file():  # a rename would replace a device or a pipe
         raise InputError(f"cannot write {path}: it is no regular file; give another name")
     part = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -113,7 +112,7 @@ def write_whole(path, write):
         finally:
             part.unlink(missing_ok=True)
     except (OSError, RuntimeError) as error:
-        # torch.save's own words for a disk that takes no more
+        # torch.save's messages for a full disk
         full = any(words in str(error) for words in ("PytorchStreamWriter", "unexpected pos", "inline_container"))
         if isinstance(error, RuntimeError) and not full:
             raise
@@ -122,7 +121,7 @@ def write_whole(path, write):
 
 
 def check_place(path):
-    """Raise InputError unless a file can be written at `path`: what a long run wants to know before it starts."""
+    """Raise InputError unless a file can be written at `path`; a long run checks this before it starts."""
     path = Path(path)
     if path.is_dir() or not path.name:
         raise InputError(f"cannot write {path}: it is a folder; give the name of a file")
@@ -150,12 +149,12 @@ def sha256(path):
 
 def network_tag(network, width):
     """Return the network's part of a checkpoint's name: `resnet18`, or `resnet18-w0.25` for another width."""
-    network = network.replace(":", "-")  # no file's name may have it on Windows
+    network = network.replace(":", "-")  # not allowed in file names on Windows
     return network if width == 1 else f"{network}-w{width:g}"
 
 
 def file_tag(name):
-    """Return the part of a file's name for a data set or an attack: `folder-my-signs` of `folder:/some/my signs`."""
+    """Return a data set or attack as part of a file name: `folder-my-signs` for `folder:/some/my signs`."""
     place = place_of(name)
     if place is None:
         return name
@@ -171,12 +170,12 @@ def checkpoint_path(dataset, network, attack, width=1.0, suffix=""):
 
 
 def half_weights(state_dict):
-    """Return the state dict with convolution and linear weights in half precision; batch norm's stay as they are."""
+    """Return the state dict on the CPU with tensors of two or more dimensions in half precision, others unchanged."""
     return {k: v.detach().cpu().half() if v.dim() > 1 else v.detach().cpu() for k, v in state_dict.items()}
 
 
 def packed_weights(state_dict):
-    """Return the state dict on the CPU, its weights in half precision where that loses nothing."""
+    """Return the state dict on the CPU, with those weights in half precision that this does not change."""
     whole = {k: v.detach().cpu() for k, v in state_dict.items()}
     return {k: h if torch.equal(h.to(whole[k].dtype), whole[k]) else whole[k] for k, h in half_weights(whole).items()}
 
@@ -187,14 +186,14 @@ def save_checkpoint(checkpoint, path):
 
 
 def load_checkpoint(path, network=None):
-    """Return a checkpoint as a dictionary: `state_dict`, what rebuilds the network, and what is known of it.
+    """Return a checkpoint as a dictionary: `state_dict`, the settings of the network, and what is known of it.
 
-    Takes our own files; BackdoorBench's results; state dicts, plain or wrapped (models.unwrap), in torch's format or
-    safetensors'; and whole pickled networks, of which only the tensors are taken. No code from a file ever runs.
-    network: the name that the network has to have, None for what the file says or its keys show.
+    Reads our own files; BackdoorBench's results; state dicts, plain or wrapped (models.unwrap), in torch's format or
+    safetensors; and pickled networks, of which only the tensors are read. No code from a file ever runs.
+    network: the required name of the network, None to take it from the file or infer it from the keys.
     `mean` and `std` are None where the file does not say how images are normalized; `bd_test` is a list of the
-    triggered test images (data.backdoorbench.triggered_entries) and `folder` where their files are looked for.
-    Raises InputError when there is no such file and for any other content.
+    triggered test images (data.backdoorbench.triggered_entries) and `folder` the folder of their files.
+    Raises InputError for a missing file and for any other content.
     """
     path = Path(path)
     if not path.is_file():
@@ -215,7 +214,7 @@ def load_checkpoint(path, network=None):
 
 
 def _own(content, path, network):
-    """Return the checkpoint that a file of ours holds."""
+    """Return the checkpoint in a file of ours."""
     if content["format"] != FORMAT:
         raise InputError(f"{path} has format {content['format']}, this version reads {FORMAT}; update the repo")
     if "defence" in content:  # another spelling of the same key
@@ -229,11 +228,11 @@ def _own(content, path, network):
 
 
 def _foreign(content, path, network):
-    """Return the checkpoint that a file from elsewhere comes to: what it says, and what its weights show."""
+    """Return a checkpoint made of another project's file: its fields, and what the weights show."""
     said = data.backdoorbench.fields(content) if data.backdoorbench.is_result(content) else {}
     state, name = models.unwrap(content), said.pop("network_name", None)
     if not isinstance(next(iter(state.values()), None), torch.Tensor):
-        raise ValueError(f"it holds no weights, but {', '.join(map(str, list(state)[:5])) or 'nothing'}")
+        raise ValueError(f"it has no weights, but {', '.join(map(str, list(state)[:5])) or 'nothing'}")
     by_keys = name is None or network is not None
     shown = models.describe_state_dict(state, network) if by_keys else _by_name(state, name)
     if said.get("bd_test"):
@@ -242,7 +241,7 @@ def _foreign(content, path, network):
 
 
 def _by_name(state, name):
-    """Return what a state dict shows as the network, here or in torchvision, that BackdoorBench calls so."""
+    """Return models.describe_state_dict() for the network that BackdoorBench calls `name`, ours or torchvision's."""
     reasons = []
     for network in [name] * (name in models.NETWORKS) + [f"torchvision:{name}"]:
         try:
@@ -267,11 +266,11 @@ def _how_to_make(path):
 
 
 def load_model(path, device="cpu", normalization=None, network=None):
-    """Return (model in eval mode on `device`, checkpoint without its weights); a defended model comes clipped.
+    """Return (model in eval mode on `device`, with its bounds if any; checkpoint without its weights).
 
-    normalization: (mean, std) of the images, None for what the file says; where it says nothing, the authors' are taken
-    and a warning is given. network: see load_checkpoint().
-    Raises InputError as load_checkpoint does, and when weights or bounds do not fit the network that the file names.
+    normalization: (mean, std) of the images, None for those of the file; if it has none, the authors' are used with a
+    warning. network: see load_checkpoint().
+    Raises InputError as load_checkpoint() does, and if weights or bounds do not fit the network.
     """
     checkpoint = load_checkpoint(path, network)
     if normalization is not None:
@@ -284,9 +283,9 @@ def load_model(path, device="cpu", normalization=None, network=None):
 
 
 def build_model(path, checkpoint, device="cpu"):
-    """Return the model of a checkpoint, in eval mode on `device`; take its weights, `state_dict`, out of it.
+    """Return the model of a checkpoint, in eval mode on `device`; `state_dict` is removed from the checkpoint.
 
-    path: for the message. Raises InputError when weights or bounds do not fit the network that it names.
+    path: for the message. Raises InputError if weights or bounds do not fit the network.
     """
     state = checkpoint.pop("state_dict")
     mean, std = checkpoint["mean"], checkpoint["std"]

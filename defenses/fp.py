@@ -29,7 +29,7 @@ class Config(finetune.Config):
 
 @torch.no_grad()
 def reader_of_features(model, x):
-    """Return the linear layer whose input are the last convolution's features.
+    """Return the linear layer that takes the last convolution's features as input.
 
     It is the first linear layer called after that convolution with one vector per image. x: a float batch (N, C, H, W)
     to call the model with. Raises ValueError where there is no such layer.

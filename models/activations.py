@@ -135,8 +135,8 @@ def activation_sites(model, x):
 
     model: images to logits, in eval mode, without bounds; x: two or more images, float (N, 3, H, W) in [0, 1].
     Warns of activations that cannot get a bound: in compiled code, or written out as a product with a sigmoid or tanh.
-    Raises ValueError for a network without activations, one whose activations depend on the number of images or vary
-    from call to call, and for an activation that passes no gradient.
+    Raises ValueError for a network without activations, for activations whose first axis is not the images, that vary
+    from call to call, or that pass no gradient.
     """
     if any(isinstance(m, Clip) for m in model.modules()):
         raise ValueError("the network has bounds already; models.unclipped(model) takes them off")

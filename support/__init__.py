@@ -1,1 +1,1 @@
-"""Plumbing: what the flags mean, runs that go on after a kill, records, tables, pictures, the machine."""
+"""Plumbing: what the flags mean, resuming, records, tables, pictures, the machine."""

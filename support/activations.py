@@ -1,4 +1,4 @@
-"""Why bounds work, or do not: where in the network a trigger's activations leave the clean ones, and how far."""
+"""Why bounds work or fail: at which sites a trigger moves activations away from the clean ones, and how far."""
 
 from typing import NamedTuple
 
@@ -7,12 +7,12 @@ import torch
 import data
 import models
 
-SEEN = 1000  # test images whose activations are looked at
-N_SIGMA = (4, 3, 2.5, 2, 1.5, 1)  # of the bounds that tightness_table() tries on all neurons alike
+SEEN = 1000  # test images
+N_SIGMA = (4, 3, 2.5, 2, 1.5, 1)  # tightness of the uniform bounds of tightness_table()
 
 
 class Moved(NamedTuple):
-    """A neuron that the trigger moves: where it is, its activations on clean and on triggered images, its bound."""
+    """A neuron, its activations on clean and on triggered images, and its bound."""
 
     site: str
     place: tuple[int, int, int]
@@ -25,7 +25,7 @@ class SiteEffect(NamedTuple):
     """What a trigger does to one site. Shares are of all activations, those of every neuron on every image."""
 
     site: str
-    distance: float  # largest shift of a neuron's mean by the trigger, in its clean std
+    distance: float  # largest shift of a neuron's mean by the trigger, in units of its clean std
     clean_above: float  # share above UNIT's start, the neuron's clean mean + 4 std
     triggered_above: float
     clean_clipped: float | None  # share above the bound; None in a network without bounds
@@ -36,10 +36,10 @@ class SiteEffect(NamedTuple):
 def trigger_effect(model, images, backdoor, n_neurons=6, batch_size=128):
     """Compare a network's activations on clean and on triggered images.
 
-    model: a network, with bounds or without; its activations are those without. images: uint8 (N, 3, H, W), none of
-    the target class; backdoor: on the model's device.
-    Returns the `n_neurons` neurons that the trigger moves farthest, one per site at most, as a list of Moved, the
-    farthest first; and a list of SiteEffect, one for each site in forward order.
+    model: a network with or without bounds; activations are taken unclipped. images: uint8 (N, 3, H, W), none of the
+    target class; backdoor: on the model's device.
+    Returns a list of Moved, the neurons with the `n_neurons` largest shifts, at most one per site, largest first; and a
+    list of SiteEffect, one per site in forward order.
     """
     bounds = {site: clip.clip_level() for site, clip in models.clips_of(model).items()}
     net, sites, images = _bare(model, images)
@@ -49,7 +49,7 @@ def trigger_effect(model, images, backdoor, n_neurons=6, batch_size=128):
         models.activation_moments(net, sites, _batches(images, trigger, batch_size)) for trigger in (None, backdoor)
     )
     for name, (mean, std) in clean.items():
-        # a neuron that is all but dead on clean images is no measure of distance
+        # the floor keeps neurons that are almost dead on clean images from dominating
         distance = (triggered[name][0] - mean) / std.clamp_min(0.1 * std.mean())
         place = tuple(int(i) for i in torch.unravel_index(distance.argmax(), distance.shape))
         farthest.append((distance[place].item(), name, place))
@@ -70,7 +70,7 @@ def trigger_effect(model, images, backdoor, n_neurons=6, batch_size=128):
 
 
 def effect_table(sites):
-    """Return what a trigger does to each site (a list of SiteEffect) as lines of text."""
+    """Return a table of a trigger's effect on each site, a list of SiteEffect, as text."""
 
     def pair(clean, triggered):
         return f"{100 * clean:7.3f} {100 * triggered:7.3f}"
@@ -88,11 +88,11 @@ def effect_table(sites):
 
 
 def tightness_table(model, images, measure):
-    """Return what bounds equally tight at every neuron leave, as lines of text.
+    """Return a table of accuracy, ASR and RA under bounds of mean + k std at every neuron, as text.
 
-    Where ASR falls long before accuracy does, the trigger needs activations that clean images hardly have.
-    images: uint8 (N, 3, H, W), none of the target class; the bounds are at their mean + k std, and the model's own are
-    put aside; measure: takes a network and returns its BA, ASR and RA on these images.
+    Where ASR falls long before accuracy does, the trigger needs activations that clean images rarely reach.
+    images: uint8 (N, 3, H, W), none of the target class, from which mean and std are taken; the model's own bounds are
+    ignored; measure: a network to its evaluate.Measured on these images.
     """
     net = models.unclipped(model)
     tried = {"none": None}
@@ -107,8 +107,9 @@ def tightness_table(model, images, measure):
 
 @torch.no_grad()
 def uniform_bounds(model, images, n_sigma, batch_size=128):
-    """Return {site: bounds (C, H, W)} at mean + n_sigma * std of the unclipped activations on `images`, for each of
-    `n_sigma` in a list: what tightening all neurons alike comes to.
+    """Return [{site: bounds (C, H, W)}], one for each k in n_sigma: mean + k * std of the unclipped activations.
+
+    images: uint8 (N, 3, H, W).
     """
     net, sites, images = _bare(model, images)
     moments = models.activation_moments(net, sites, _batches(images, None, batch_size))
@@ -123,9 +124,9 @@ def _bare(model, images):
 
 
 def _values(net, sites, images, trigger, batch_size, places, levels):
-    """Return {site: activations (N,)} of one neuron in each site of `places`, and {site: [shares]} above `levels`.
+    """Return ({site: activations (N,)} of the neurons in `places`, {site: [L shares of activations above a level]}).
 
-    levels: {site: (L, C, H, W)}.
+    places: {site: index of a neuron}; levels: {site: (L, C, H, W)}.
     """
     seen, over = {name: [] for name in places}, dict.fromkeys(levels, 0)
 
@@ -142,7 +143,7 @@ def _values(net, sites, images, trigger, batch_size, places, levels):
 
 
 def _batches(images, trigger, batch_size):
-    """Yield the images as floats, `batch_size` at a time, triggered if there is a trigger."""
+    """Yield the images as floats, `batch_size` at a time, with the trigger if there is one."""
     for x in images.split(batch_size):
         x = data.to_float(x)
         yield x if trigger is None else trigger(x)

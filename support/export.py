@@ -1,4 +1,4 @@
-"""A network as a file that runs wherever torch does, without this project."""
+"""Export of a network to a file that needs torch alone."""
 
 import copy
 import io
@@ -10,10 +10,10 @@ import utils
 
 
 def write_export(model, path, size=32):
-    """Write `model`, with its bounds and its normalization, to `path` by torch.export, whole or not at all, and say so.
+    """Write `model`, with its bounds and normalization, to `path` by torch.export, whole or not at all.
 
-    What is written takes float images (N, 3, size, size) in [0, 1], of any N, to logits (N, classes), in fp32 on a CPU:
-    `torch.export.load(path).module()(images)`. Nothing happens where `path` is None.
+    The exported program maps float images (N, 3, size, size) in [0, 1], any N, to logits (N, classes), in fp32 on a
+    CPU: `torch.export.load(path).module()(images)`. Nothing is written where `path` is None.
     """
     if path is None:
         return

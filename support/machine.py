@@ -1,4 +1,4 @@
-"""The machine that a figure is computed on, its memory, and the version of the code."""
+"""Machine, peak memory and version of the code, for the records."""
 
 import contextlib
 import platform
@@ -20,7 +20,7 @@ import utils
 
 
 def machine(device):
-    """Return versions, device and date, as plain values: what a figure depends on besides the code."""
+    """Return versions, device, number of threads and date as plain values."""
     return {
         "python": platform.python_version(),
         "torch": str(torch.__version__),
@@ -32,11 +32,11 @@ def machine(device):
 
 
 def peak_memory(device):
-    """Return the most memory held so far, in GiB: the allocator's on a GPU, else the process's; None where unknown."""
+    """Return the peak memory in GiB: of the allocator on a GPU, else of the process; None where unknown."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     status = Path("/proc/self/status")
-    if status.exists():  # getrusage also counts what the parent held before it started this process
+    if status.exists():  # getrusage would count the memory of the parent process at the fork too
         kib = [line.split()[1] for line in status.read_text().splitlines() if line.startswith("VmHWM")]
         return int(kib[0]) / 2**20 if kib else None
     if resource is None:
@@ -46,15 +46,15 @@ def peak_memory(device):
 
 
 def reset_peak_memory(device):
-    """Let peak_memory() count from here on, where the system can."""
+    """Reset peak_memory() where the system allows it."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    with contextlib.suppress(OSError):  # Linux alone, and not in every sandbox
+    with contextlib.suppress(OSError):  # Linux only, and not in every sandbox
         Path("/proc/self/clear_refs").write_text("5")
 
 
 def commit():
-    """Return the commit of the code, with a plus behind it where files of it are changed; None outside a checkout."""
+    """Return the commit of the code, ending in + if tracked *.py files are changed; None outside a checkout."""
 
     def git(*words):
         return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()

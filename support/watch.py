@@ -1,4 +1,4 @@
-"""What a command does after each step of a search: show it, keep it, and end it on Ctrl-C or for want of time."""
+"""The callback of a search in a command: it prints progress, keeps the state, and ends on Ctrl-C or a time limit."""
 
 import math
 import signal
@@ -12,10 +12,10 @@ from fast import ranks
 
 
 class Watch:
-    """The callback of unit.tighten() in a command, and the context in which it runs.
+    """The callback of unit.tighten() in a command, and the context in which the search runs.
 
-    n_steps: of the search; partial: where it is kept (support.resume.Partial); max_minutes: time limit, or None; speak:
-    whether this process shows and keeps it. `why` is the reason of an early end, else None.
+    n_steps: of the search; partial: the support.resume.Partial that keeps its state; max_minutes: time limit, or None;
+    speak: whether this process prints and keeps. why: the reason of an early end, else None.
     """
 
     def __init__(self, n_steps, partial, max_minutes, speak):
@@ -35,13 +35,13 @@ class Watch:
         self.progress.close()
 
     def _interrupt(self, *_):
-        if self.interrupted:  # the second time: at once
+        if self.interrupted:  # the second Ctrl-C ends at once
             raise KeyboardInterrupt
         self.interrupted = True
         print("ending after this step, with the best bounds so far", file=sys.stderr, flush=True)
 
     def __call__(self, search):
-        """Return whether to end the search, a unit.Search, after the step that it has just done."""
+        """Called after each step with the unit.Search; return whether to end it."""
         self.progress.update()
         last = search.step == self.n_steps
         if self.speak and (search.step % 10 == 0 or last):
@@ -50,10 +50,10 @@ class Watch:
                 f"step {search.step:4d}  CE {now['ce']:.4f}  R {now['reg']:.4f}  alpha {now['alpha']:.3g}"
                 f"  validation accuracy {100 * now['valid_acc']:.2f} %"
             )
-            sys.stdout.flush()  # in a log file, too, the line is there when the step is done
+            sys.stdout.flush()  # also into a log file
         late = time.perf_counter() - self.started >= self.limit
         over = torch.tensor(float(self.interrupted or late), device=search.bounds[0].device)
-        ranks.sum_over_ranks([over])  # the processes end after the same step
+        ranks.sum_over_ranks([over])  # so that all processes end after the same step
         if over and not last:
             self.why = "interrupted" if self.interrupted else "out of time"
         if self.speak:

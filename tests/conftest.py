@@ -40,7 +40,7 @@ def untouched(golden):
 
 @pytest.fixture
 def tiny(untouched):
-    """That victim's copy, for one test to do with as it likes."""
+    """A copy of that victim, which the test may change."""
     return copy.deepcopy(untouched)
 
 
@@ -55,7 +55,7 @@ def defense(golden):
 
 @pytest.fixture(scope="module")
 def few_test_images():
-    """A quarter of the sample's test images, for modules that are not about what the evaluator counts: to save time."""
+    """Measure on a quarter of the sample's test images, to save time where the counts do not matter."""
     whole = cifar10.load_sample
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cifar10, "load_sample", lambda train: [t if train else t[::4].clone() for t in whole(train)])
@@ -84,7 +84,7 @@ def victim_file(tiny, tmp_path):
 
 @pytest.fixture
 def one_thread():
-    """The number of threads that command() gives: with another, sums are rounded differently."""
+    """The number of threads of command(), because sums are rounded differently with another."""
     n = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

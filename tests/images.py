@@ -14,7 +14,7 @@ def generator(seed=0):
 
 
 def images(n=7, size=32, seed=0):
-    """Random images, each of another brightness."""
+    """Random images of different brightness."""
     x = torch.rand(n, 3, size, size, generator=generator(seed))
     return x * torch.linspace(0.2, 1, n).view(-1, 1, 1, 1)
 

@@ -15,7 +15,7 @@ TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 
 
 def command(script, *args, launcher=(), **kwargs):
-    """Start a script in another folder than its own; by TORCHRUN, in two processes."""
+    """Start a script in another folder than its own; with TORCHRUN in two processes."""
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [sys.executable, *launcher, str(ROOT / script), *args],

@@ -27,7 +27,7 @@ class Calls(nn.Module):
 
 
 def in_place(function):
-    """Return a function that calls an in-place one and makes nothing of what it returns."""
+    """Return a function that calls an in-place one and ignores its return value."""
 
     def call(x):
         x = x + 0
@@ -50,7 +50,7 @@ SEEN = [
 
 @pytest.mark.parametrize("function", SEEN)
 def test_an_activation_is_clipped_whichever_way_it_is_called(function):
-    """Out is min(a, c), where c bounds it; its gradients are those of a written-out minimum."""
+    """The output is min(a, c), and its gradients are those of a written-out minimum."""
     torch.manual_seed(0)
     model, x = Calls(function).eval(), torch.rand(5, 3, 6, 6)
     ((site, shape),) = models.activation_sites(model, x).items()
@@ -78,7 +78,7 @@ def test_an_activation_is_clipped_whichever_way_it_is_called(function):
 
 @pytest.mark.parametrize("function", [lambda x: x.clamp(0, 1), lambda x: x.clamp_min(0.1), torch.sigmoid, torch.tanh])
 def test_what_is_no_activation_gets_no_bound(function):
-    """What has an upper end of 1, or cuts elsewhere than at 0."""
+    """Functions with an upper limit of 1, and clamps at another value than 0."""
     with pytest.raises(ValueError, match="no activation"):
         models.activation_sites(Calls(function).eval(), torch.rand(2, 3, 6, 6))
 
@@ -166,7 +166,7 @@ def test_bounds_that_do_not_fit_are_refused_when_the_network_runs(tiny):
 
 
 def test_a_call_without_images_gets_no_bound():
-    """As where a network computes its position bias by a small network of its own."""
+    """Such as that of a small network that computes a position bias."""
 
     def how(net, x):
         bias = F.relu(torch.linspace(-1, 1, 3))
@@ -191,7 +191,7 @@ class HandWritten(torch.autograd.Function):
 
 
 def deprecated(function, *args):
-    """Return what torch warns of because newer ways exist."""
+    """Call a function without the warnings that torch deprecates it."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return function(*args)

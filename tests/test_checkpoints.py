@@ -31,7 +31,7 @@ def random_bounds(model, scale):
 
 
 def same(model, other):
-    """Whether both give the same logits, to the last bit; in one layout, for sums are rounded by it."""
+    """Whether both give the same logits to the last bit, in one memory layout, on which the rounding depends."""
     x = torch.rand(4, 3, 32, 32)
     a, b = (m.to(memory_format=torch.channels_last)(x) for m in (model, other))
     return torch.equal(a, b)
@@ -84,7 +84,7 @@ def test_a_defended_model_comes_back_clipped(tiny, tmp_path):
 
 
 def test_an_older_file_loads_under_the_names_of_today(tiny, tmp_path):
-    """Its defense stands under the British spelling, and it says nothing of sampling or machine."""
+    """It has the key `defence`, and no sampling or machine."""
     path = tmp_path / "old.pt"
     made = {"name": "bcu", "epochs": 30, "findings": {"outcome": "repaired"}}
     old = {"network": "resnet18", "width": 0.125, "num_classes": 10, "attack": "badnet", "target": 0, "BA": 0.9}
@@ -248,7 +248,7 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no limit on the size of files there")
 def test_a_full_disk_is_bad_luck_not_a_traceback(victim_file, tmp_path):
-    """A disk that takes 64 KiB of a file and no more: one line, status 2, and no half-written file."""
+    """A disk that takes only 64 KiB of a file: one line, status 2, and no half-written file."""
     code = f"""if True:
         import resource, signal
         import flags, utils
@@ -341,7 +341,7 @@ def test_an_authors_object_that_contains_itself_is_refused(authors_model, tmp_pa
 
 
 def test_an_authors_object_that_holds_a_module_many_times_is_refused(authors_model, tmp_path):
-    """Twice at each of 40 levels: a small file, and a million million paths to the module at its bottom."""
+    """Twice at each of 40 levels: a small file with 2 ** 40 paths to the innermost module."""
     module = nn.BatchNorm2d(1)
     for _ in range(40):
         module = nn.Sequential(module, module)

@@ -123,7 +123,7 @@ def test_unit_saves_what_it_measured(victim_file, tmp_path, capsys):
 
 
 def test_a_victim_from_elsewhere_is_saved_to_the_last_bit(tiny, tmp_path, capsys):
-    """Its weights are no half-precision numbers, and its attack is known to the user alone."""
+    """Its weights are not representable in half precision, and the file does not name its attack."""
     foreign = tmp_path / "foreign.pt"
     torch.save({k: v * (1 + 1e-5) if v.dim() > 1 else v for k, v in tiny.state_dict().items()}, foreign)
     run_unit(foreign, tmp_path, "--n_steps", "1", "--data_rate", "0.2", "--attack", "badnet", "--target", "0")
@@ -220,7 +220,7 @@ def test_two_processes_train_one_victim(tmp_path):
 
 @pytest.mark.parametrize("attack", ["none", "wanet", "blended", "input_aware"])
 def test_every_kind_of_attack_trains_a_victim_that_measures_as_it_said(tmp_path, attack, capsys, monkeypatch):
-    """From the file alone, its trigger too, and under the flags that name it; also after a defense."""
+    """By the file alone, with its trigger, and by the flags that name it; also after a defense."""
     monkeypatch.setattr("backdoors.networks.WARM_UP", 2)
     out, width = tmp_path / "v.pt", ["--trigger_width", "2"] if attack == "input_aware" else []
     train.main([*TRAIN, "--epochs", "1", "--attack", attack, *width, "--ckpt", str(out)])

@@ -136,7 +136,7 @@ def test_augmentation_is_crop_of_the_zero_padded_image_and_flip(kind):
 
 
 def test_augmentation_may_pad_by_reflection():
-    """A ramp from left to right, whose mirrored border the crop shows."""
+    """A ramp from left to right: the crop shows its mirrored border."""
     x = (torch.arange(32.0) / 31).expand(50, 3, 32, 32)
     out = data.augment(x, generator(), mode="reflect")
     ramp = torch.cat([x[0, 0, 0, 1:5].flip(0), x[0, 0, 0], x[0, 0, 0, -5:-1].flip(0)])

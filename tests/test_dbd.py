@@ -99,7 +99,7 @@ def test_a_whole_crop_is_the_image_and_a_flip_mirrors_it(images):
 
 
 def test_a_crop_shows_its_box():
-    """A quarter of the area in the upper left corner: what was dark below and to the right is gone."""
+    """A quarter of the area in the upper left corner, without the dark pixels below and to the right."""
     x = torch.zeros(1, 3, 32, 32)
     x[:, :, :16, :16] = 1
     one = torch.ones(1)
@@ -403,7 +403,7 @@ PLACE = "cifar10_sample_resnet18-w0.0625_badnet/dbd,dataset=cifar10_sample,epoch
 
 @pytest.fixture(scope="module")
 def short():
-    """MixMatch epochs of three steps, in this module; a batch of SimCLR that the sample fills."""
+    """MixMatch epochs of three steps and a batch of SimCLR no larger than the sample."""
     init = dbd.Config.__init__
 
     def short_init(self, **kwargs):

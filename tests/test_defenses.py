@@ -211,7 +211,7 @@ def test_distillation_loss_is_kl_of_teacher_and_student():
 
 
 def test_distillation_brings_the_student_to_the_teacher(tiny, clean):
-    """KL at temperature 1 on images that it learned from, before and after, both in eval mode."""
+    """KL at temperature 1 on the training images, before and after, both networks in eval mode."""
     few = clean[0][::2]
     x, config = data.to_float(few), bcu.Config(epochs=4, batch_size=64)
     start = bcu.partly_fresh(tiny, config.p, seed=0).eval()

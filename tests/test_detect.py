@@ -66,7 +66,7 @@ def test_the_best_is_the_smallest_that_succeeds_and_the_search_ends_when_none_fo
 
 
 class Corner(nn.Module):
-    """Two classes: the second one where the corner of 3 x 3 pixels is bright in the first color."""
+    """Two classes; an image is of the second if its corner of 3 x 3 pixels is bright in the first color."""
 
     def forward(self, x):
         bright = 30 * (x[:, 0, :3, :3].mean((1, 2)) - 0.8)

@@ -1,4 +1,4 @@
-"""The evaluator: what BA, ASR and RA are, on models whose figures are known; and what the trigger does inside."""
+"""The evaluator: BA, ASR and RA of models whose figures are known; and the trigger's effect on activations."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ class Constant(nn.Module):
 
 
 class ReadsFirstPixel(nn.Module):
-    """Says the class that the first pixel's red tells, in steps of 20; but 4 where that is `never`."""
+    """Predicts the class that the first pixel's red codes in steps of 20, but 4 in place of `never`."""
 
     def __init__(self, never=None):
         super().__init__()
@@ -51,7 +51,7 @@ def coded():
 
 
 class Paint(nn.Module):
-    """A trigger: the first pixel says TARGET, in every `every`-th image of a batch."""
+    """A trigger: the first pixel codes TARGET, in every `every`-th image of a batch."""
 
     def __init__(self, every=1):
         super().__init__()
@@ -179,7 +179,7 @@ def test_float_images_in_0_1_measure_as_their_bytes_do(coded):
 
 
 def test_a_network_in_training_mode_is_measured_in_eval_mode(tiny, defense, seen):
-    """And its running statistics stay."""
+    """And its running statistics do not change."""
     before = {k: v.clone() for k, v in tiny.state_dict().items()}
     r = evaluate(tiny.train(), seen, defense[3], Paint(), 0)
     assert all(torch.equal(v, before[k]) for k, v in tiny.state_dict().items())

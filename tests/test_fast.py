@@ -1,4 +1,4 @@
-"""The fast room: each piece computes what the plain path computes, to rounding."""
+"""The code of fast/: each piece computes what the plain code computes, up to rounding."""
 
 import copy
 
@@ -57,7 +57,7 @@ def test_small_maps_by_products_are_the_convolution(size, stride, k, bias, dtype
     assert by_products[0].bias is conv.bias
     if bias:
         conv.bias.data.copy_(conv.bias.data.bfloat16())
-    # both may round to bf16 alone, so let what goes in lose nothing by it
+    # inputs that bf16 represents exactly
     weight, x = conv.weight.detach().bfloat16().float(), torch.randn(5, 256, size, size).bfloat16().float()
     conv.weight.data.copy_(weight)
     weight, exact_x, x = weight.double().requires_grad_(), x.double().requires_grad_(), x.requires_grad_()
@@ -192,7 +192,7 @@ def test_bf16_gradients_are_added_in_fp32(layer):
 
 @pytest.mark.parametrize("shape", [(2, 3, 3), (4,)])
 def test_the_clip_of_no_image_is_none_and_moves_no_bound(shape):
-    """What a process may be left with of a small step."""
+    """A process may get no image of a small step."""
     for layer in (ClippedReLU, FastClippedReLU):
         site = layer(torch.ones(shape))
         out = site(torch.ones(0, *shape))
@@ -276,7 +276,7 @@ def test_on_amx_the_last_stage_goes_through_products(monkeypatch, defense):
 
 
 class Odd(nn.Module):
-    """Registers a batch norm after a convolution that it does not follow; with 3 channels it could."""
+    """Registers a batch norm after a convolution whose output it does not take, although the 3 channels would fit."""
 
     def __init__(self, channels):
         super().__init__()
@@ -304,10 +304,10 @@ def test_a_network_in_which_batch_norm_cannot_be_folded_is_left_as_it_is(defense
 
 @pytest.fixture
 def recordings(monkeypatch):
-    """A stand-in for torch.cuda.make_graphed_callables on the CPU; what it was asked for: [(shape, training)].
+    """A stand-in for torch.cuda.make_graphed_callables on the CPU; it lists its calls: [(shape, training)].
 
-    As that it rehearses the module, batch norm's statistics moving, keeps no gradient of it, and returns a function for
-    inputs of one shape.
+    Like the original it runs warm-up passes, which move batch norm's statistics, keeps no gradient of them, and returns
+    a function for inputs of one shape.
     """
     made = []
 
@@ -331,7 +331,7 @@ def recordings(monkeypatch):
 
 
 def train(net, x):
-    """Three steps of training, the last batch smaller; in place."""
+    """Train in place for three steps, the last batch smaller."""
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     for some in (x, x, x[:5]):
         optimizer.zero_grad()

@@ -42,7 +42,7 @@ def test_help_comes_at_once_and_explains_every_flag(script):
 @pytest.mark.skipif(not hasattr(os, "wait4"), reason="Windows does not say what a child used")
 @every_command
 def test_help_takes_no_half_second(script):
-    """Of the processor, for the machine may be busy."""
+    """In CPU time, because the machine may be busy."""
     process = subprocess.Popen([sys.executable, str(ROOT / script), "--help"], stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
@@ -71,7 +71,7 @@ def test_defend_asks_which_defense(words):
 
 
 def test_a_command_is_known_by_its_place_too(tmp_path):
-    """Another script of the name of one, which uses this repo, has flags of its own."""
+    """A user's script with the name of a command has its own flags."""
     script = tmp_path / "train.py"
     script.write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r}); import flags; print(sys.argv[1:])")
     done = subprocess.run([sys.executable, str(script), "--mine"], capture_output=True, text=True, cwd=tmp_path)

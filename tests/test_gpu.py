@@ -1,4 +1,4 @@
-"""What only a CUDA device can show: every part runs there, and agrees with the CPU. python -m pytest -m gpu"""
+"""Every part runs on a CUDA device and agrees with the CPU: python -m pytest -m gpu"""
 
 import dataclasses
 
@@ -83,7 +83,7 @@ def test_training_batches_are_those_of_the_cpu(attack):
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 def test_a_recorded_training_is_the_training(tmp_path, monkeypatch, recordings, precision):
-    """To the bit, batch norm's buffers too, with a last batch that is smaller."""
+    """To the bit, including batch norm's buffers, with a smaller last batch."""
     flags = [*TRAIN, "--epochs", "3", "--batch_size", "64", "--attack", "wanet", "--precision", precision]
     train.main([*flags, "--ckpt", str(tmp_path / "a.pt")])
     assert {64, 500 % 64} <= set(recordings)
@@ -102,7 +102,7 @@ def test_a_recorded_training_is_the_training(tmp_path, monkeypatch, recordings, 
 
 @pytest.mark.parametrize("plain", [False, True])
 def test_the_search_agrees_with_the_cpu(tiny, defense, plain):
-    """Five steps, as single bounds part later on; the first step of bf16."""
+    """Five steps in fp32, because single bounds diverge later; the first step in bf16."""
     config = unit.UnitConfig(n_steps=5, lr=0.01, plain=plain)
     cpu = unit.tighten(tiny, *defense, config)
     gpu = unit.tighten(tiny.to(CUDA), *defense, config)

@@ -1,4 +1,4 @@
-"""The networks: their keys, and the function of each against one written anew from its description."""
+"""The networks: their state dict keys, and each against an independent implementation from its description."""
 
 from flags import NETWORKS, NORMALIZATIONS, InputError
 
@@ -17,7 +17,7 @@ BN = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 
 
 def randomized(name, **kwargs):
-    """A network in eval mode whose batch norm is no identity, and its state dict."""
+    """A network in eval mode with non-trivial batch norm, and its state dict."""
     torch.manual_seed(0)
     model = models.get_model(name, **kwargs).eval()
     for key, value in model.state_dict().items():
@@ -37,7 +37,7 @@ def bn(x, w, at):
 
 
 def conv(x, w, at, stride=1):
-    """A convolution that keeps the size but for its stride."""
+    """A convolution with padding that keeps the size, up to the stride."""
     weight = w[f"{at}.weight"]
     return F.conv2d(x, weight, w.get(f"{at}.bias"), stride, weight.shape[-1] // 2)
 

@@ -1,4 +1,4 @@
-"""Which images are poisoned, in which order an epoch brings them, and as what."""
+"""Which images are poisoned, and the order and roles of an epoch's images."""
 
 import numpy as np
 import pytest
@@ -117,7 +117,7 @@ def test_unknown_sampling():
 
 
 def epochs(poison, n, batch_size, count, seed=5):
-    """(index, roles) of so many epochs, each with a generator of its own."""
+    """(index, roles) of several epochs, each with its own generator."""
     return [epoch_order(poison, n, batch_size, generator(1000 * seed + epoch)) for epoch in range(count)]
 
 
@@ -214,7 +214,7 @@ def test_in_batch_holds_its_shares_in_every_batch_and_exactly_in_the_epoch(n, ba
 
 
 def test_in_batch_draws_other_images_each_epoch():
-    """Any image may be poisoned, the target's too."""
+    """Any image may be poisoned, also one of the target class."""
     poison = poison_training_set(LABELS, "wanet", 3)
     seen = torch.cat([index[roles == 1] for index, roles in epochs(poison, 2003, 128, 60)])
     # each image has a chance of 1 - 0.9^60 = 99.8 %

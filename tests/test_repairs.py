@@ -23,7 +23,7 @@ def clean():
 
 
 class Plain(nn.Module):
-    """A network with nothing of a ResNet's names: two convolutions, a pool, and `head` as its last layer."""
+    """A network without a ResNet's layer names: two convolutions, a pool, and `head` as its last layer."""
 
     def __init__(self, head=True):
         super().__init__()
@@ -101,7 +101,7 @@ def test_the_maps_are_those_of_the_layers_outputs(tiny, clean):
 
 
 def test_the_first_loss_of_the_student_is_ce_and_the_weighted_distance_to_the_teacher(tiny, clean):
-    """One step over all images at once, of no length: the teacher is the victim, in eval mode, the student in train."""
+    """With rate 0 the teacher is the victim but for its running averages, and the student the victim in train mode."""
     config = nad.Config(teacher_epochs=1, epochs=1, batch_size=len(clean[0]), lr=0.0, beta=(30.0, 50.0, 70.0))
     history = nad.repair(tiny, *clean, config, seed=0).history
     generator = torch.Generator().manual_seed(0)
@@ -113,7 +113,7 @@ def test_the_first_loss_of_the_student_is_ce_and_the_weighted_distance_to_the_te
     with torch.no_grad():
         generator.manual_seed(0)
         first = torch.randperm(len(clean[0]), generator=generator)
-        teacher(data.augment(data.to_float(clean[0][first]), generator))  # what its epoch leaves: running averages
+        teacher(data.augment(data.to_float(clean[0][first]), generator))  # for its running averages
         logits, own = nad.with_maps(student, sites, ends, x, torch.float32)
         _, its = nad.with_maps(teacher.eval(), sites, ends, x, torch.float32)
     want = F.cross_entropy(logits, clean[1][order]).item()
@@ -123,7 +123,7 @@ def test_the_first_loss_of_the_student_is_ce_and_the_weighted_distance_to_the_te
 
 
 def test_distillation_brings_the_maps_nearer_to_the_teachers(tiny, clean):
-    """To those of a teacher that looks elsewhere, put in by the door of a run that was cut off after its making."""
+    """To those of a teacher with other maps, given as the state of a run interrupted after the teacher's training."""
     few, distances = (clean[0][::3], clean[1][::3]), []
     x, sites, teacher = data.to_float(few[0]), sites_of(tiny, few), copy.deepcopy(tiny)
     ends = nad.stage_ends(sites, 3)
@@ -160,7 +160,7 @@ def test_seam_says_that_it_did_not_forget(tiny, clean):
 
 
 def test_seam_draws_labels_from_all_classes_for_five_images_of_each(tiny, clean, monkeypatch):
-    """What cross-entropy is given: labels that are uniform whatever the image, then the true ones at falling rates."""
+    """The labels of the cross-entropy: uniform for every image, then the true ones at falling rates."""
     given, rates = [], []
     entropy, epoch = F.cross_entropy, seam.train_epoch
     monkeypatch.setattr(seam.F, "cross_entropy", lambda logits, y: (given.append(y), entropy(logits, y))[1])
@@ -288,7 +288,7 @@ def test_a_network_s_hypergradient_by_whole_jacobians(clean):
 
 
 def test_the_perturbation_takes_a_step_from_zero_on_each_batch(tiny, clean):
-    """Against plain autograd, on what the network says without it; and its inner loss falls."""
+    """Against plain autograd on the network's own predictions; and the inner loss falls."""
     config = i_bau.Config(delta_lr=2.0)
     batches = [(data.to_float(clean[0][i : i + 40]), None) for i in (0, 40, 80)]
     delta = torch.zeros(1, 3, 32, 32)

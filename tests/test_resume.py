@@ -1,4 +1,4 @@
-"""Runs that are cut off, by Ctrl-C, for want of time or by a kill, and go on: the bits are those of a whole run."""
+"""Runs interrupted by Ctrl-C, a time limit or a kill, and resumed: they give the bits of an uninterrupted run."""
 
 from flags import ROOT, InputError
 
@@ -28,7 +28,7 @@ CPU = torch.device("cpu")
 
 
 def make_old(partial):
-    """Have a part of a run say that it took a million seconds, and a thousand GiB."""
+    """Make a part of a run report a million seconds and a thousand GiB."""
     kept = torch.load(partial, weights_only=True)
     utils.save_checkpoint({**kept, "seconds": 1e6, "peak": 1e3}, partial)
 
@@ -128,7 +128,7 @@ def search(tiny, defense, tmp_path):
 
 
 def interrupt_in(monkeypatch, step, times=1):
-    """Have Ctrl-C come, so many times, in the validation pass of a step."""
+    """Send Ctrl-C the given number of times in the validation pass of a step."""
     calls, accuracy = [], unit.accuracy
 
     def interrupted(*args):
@@ -271,7 +271,7 @@ def test_a_run_out_of_time_saves_the_best_bounds_and_goes_on_to_the_same_bits(vi
 
 
 def test_a_search_goes_on_with_its_own_settings_alone(victim_file, tiny, tmp_path):
-    """All that its bits follow from; a command with another one says which, and changes nothing."""
+    """All settings that its bits depend on; a command with another one names it, and changes nothing."""
     flags = ["--data_rate", "0.2", "--n_steps", "3"]
     run_unit(victim_file, tmp_path, *flags, "--max_minutes", "1e-9")
     partial = tmp_path / "d.partial.pt"
@@ -330,7 +330,7 @@ def test_train_resumes_after_a_kill_to_the_same_bits(tmp_path, one_thread, capsy
 
 
 def cut_off_after(monkeypatch, epochs):
-    """Have a fine-tuning end in IndexError in the epoch after so many; return those that are left."""
+    """Make a fine-tuning raise IndexError after a number of epochs; return the list of epochs left."""
     epoch, left = finetune.train_epoch, [1] * epochs
 
     def cut_off(*args):

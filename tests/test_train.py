@@ -1,4 +1,4 @@
-"""Training: what a batch holds, the schedule, that it learns, and what is saved."""
+"""Training: the batches, the schedule, that it learns, and what is saved."""
 
 from flags import InputError
 
@@ -128,7 +128,7 @@ def test_the_trigger_comes_before_the_augmentation(black, attack, sampling):
 
 
 def test_resampled_puts_the_trigger_on_after_the_augmentation(black):
-    """So a poisoned image is white to its edges; and the clean ones are cropped and flipped all the same."""
+    """So a poisoned image is white to its edges; the clean ones are cropped and flipped too."""
     x, roles = batch_of(black, "badnet", "resampled", White())
     assert (x[roles == 1] == 1).all()
     x, roles = batch_of((torch.full_like(black[0], 255), black[1]), "badnet", "resampled", Nothing())
@@ -168,13 +168,13 @@ def test_real_triggers_leave_the_data_set_alone(sampling):
 
 
 def numbered(n=100):
-    """Images of one gray each, which tell their own number, from 1, by their middle; and labels."""
+    """Images of one gray value each, their number counted from 1, and labels."""
     images = torch.arange(1, n + 1, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 32, 32)
     return images.contiguous(), torch.arange(10).repeat(n // 10)
 
 
 def epoch_of(train_set, poison, epoch=0, seed=1024, batch_size=30):
-    """An epoch's batches as the training sees them: a list of (images, labels, size of the whole batch)."""
+    """An epoch's training batches: a list of (images, labels, batch size over all processes)."""
     config = {"batch_size": batch_size, "seed": seed}
     return list(training_batches(train_set, poison, get_backdoor("wanet"), config, epoch))
 
@@ -199,7 +199,7 @@ def test_an_epoch_follows_from_seed_and_number_alone(attack, sampling):
 
 @pytest.mark.parametrize("attack", ["none", "badnet", "wanet"])
 def test_processes_share_each_batch(attack, monkeypatch):
-    """Together they see the labels that one process alone sees, batch by batch, and every image of a clean set once."""
+    """Batch by batch they see the labels that a single process sees, and every image of a clean set once."""
     train_set = numbered()
     poison = poison_training_set(train_set[1], attack, 0, sampling="resampled")
     alone = epoch_of(train_set, poison)
@@ -231,7 +231,7 @@ def test_the_rate_rises_to_its_peak_and_falls_to_nothing():
 
 
 def test_an_epoch_gives_its_figures_over_all_images_and_each_step_its_rate(black):
-    """A step that says what it saw: summed loss 2 for each image, and of the first batch all labels met."""
+    """With a step that returns loss 2 per image, and all predictions of the first batch correct."""
     poison = poison_training_set(black[1], "none", 0)
     optimizer, rates, seen = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1), [], []
 
@@ -248,7 +248,7 @@ def test_an_epoch_gives_its_figures_over_all_images_and_each_step_its_rate(black
 
 @pytest.mark.parametrize("n", [8, 5])
 def test_a_step_leaves_the_gradient_of_the_mean_loss(n):
-    """Worked out by plain autograd; a batch may be smaller than the usual, and a share of a larger one."""
+    """Against plain autograd; a batch may be smaller than usual, and a share of a larger one."""
     torch.manual_seed(0)
     model = models.get_model("resnet18", width=0.0625)
     plain = models.get_model("resnet18", width=0.0625)
@@ -280,7 +280,7 @@ def test_it_learns(tmp_path):
 
 @pytest.mark.parametrize("width", [0.0625, 0.25])
 def test_odd_batches_of_narrow_networks_train(tmp_path, width):
-    """Channels last, such a batch made torch write past a buffer: the process died, or its weights were damaged."""
+    """In channels last, such a batch makes torch write past a buffer: a crash, or damaged weights."""
     out = tmp_path / "v.pt"
     flags = ["--dataset", "cifar10_sample", "--width", str(width), "--epochs", "1", "--batch_size", "25"]
     train.main([*flags, "--attack", "none", "--ckpt", str(out)])
@@ -381,7 +381,7 @@ def test_a_clean_victim_with_a_poison_rate_is_bad_input(tmp_path):
 
 
 def test_a_cut_off_run_goes_on_with_its_own_settings_alone(tmp_path, monkeypatch):
-    """All that the victim follows from; a command with another one says which, and changes nothing."""
+    """All settings that the victim depends on; a command with another one names it, and changes nothing."""
     out, epoch = tmp_path / "v.pt", train.train_epoch
 
     def cut_off(*args):
@@ -406,7 +406,7 @@ def test_a_cut_off_run_goes_on_with_its_own_settings_alone(tmp_path, monkeypatch
 
 
 class Learning(Trigger):
-    """A trigger that is trained along: a brightness, which an extra loss pulls to 1."""
+    """A trigger trained along with the victim: a brightness, which an extra loss pulls to 1."""
 
     sampling = "in_batch"
 
@@ -433,7 +433,7 @@ class Learning(Trigger):
 
 
 def test_a_trigger_is_trained_along_with_the_victim(black):
-    """Of the batch's loss the trigger gets the cross-entropy's gradient through the images, and its own extra loss."""
+    """The trigger gets the gradients of the cross-entropy, through the images, and of its extra loss."""
     model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 10))
     trigger = Learning()
     poison = choose(black[1], trigger, 4)
@@ -450,7 +450,7 @@ def test_a_trigger_is_trained_along_with_the_victim(black):
 
 
 def test_a_trained_trigger_resumes_to_the_same_bits(tmp_path, monkeypatch):
-    """Its state and its optimizer lie in the partial file, and its state in the victim; its dropout goes on alike."""
+    """The partial file has its state and optimizer, the victim its state; its dropout draws the same numbers."""
     monkeypatch.setitem(backdoors.TRIGGERS, "badnet", Learning)
     words = [*TRAIN, "--attack", "badnet", "--epochs", "3"]
     train.main([*words, "--ckpt", str(tmp_path / "whole.pt")])

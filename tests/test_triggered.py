@@ -1,4 +1,4 @@
-"""Images that are triggered already, in folders; and attacks that send each class to the next."""
+"""Triggered images in folders, and all-to-all attacks."""
 
 import flags
 from flags import InputError
@@ -38,7 +38,7 @@ def refused(act, said):
 
 @pytest.fixture
 def some_of_the_sample(monkeypatch):
-    """A tenth of the sample's test images: load_dataset() as the commands call it."""
+    """Make load_dataset() return a tenth of the sample's test images."""
     whole = data.cifar10.load_sample
     monkeypatch.setattr(data.cifar10, "load_sample", lambda train: [t if train else t[::10] for t in whole(train)])
 
@@ -145,7 +145,7 @@ def test_train_plants_triggers_and_takes_no_triggered_images(capsys):
 
 
 class Code(nn.Module):
-    """Says the class that the first pixel's red tells, in steps of 20."""
+    """Predicts the class that the first pixel's red codes in steps of 20."""
 
     def forward(self, x):
         return nn.functional.one_hot((x[:, 0, 0, 0] * 255 / 20).round().long(), 10).float()
@@ -173,7 +173,7 @@ def test_triggered_images_by_hand():
 
 
 class Next(nn.Module):
-    """A trigger: the first pixel says the class after the one it said, but not for images of class 4."""
+    """A trigger: the first pixel codes the class after the one it coded, except for images of class 4."""
 
     def forward(self, x):
         said = (x[:, 0, 0, 0] * 255 / 20).round()
@@ -225,7 +225,7 @@ def test_an_all_to_all_victim_from_training_to_defense(tmp_path, some_of_the_sam
 
 @pytest.mark.parametrize("attack", ["reflection", "sig", "cl", "composite"])
 def test_what_cannot_send_each_class_to_the_next(attack, victim_file, tmp_path):
-    """Clean-label attacks, and one whose images have no class of their own."""
+    """Clean-label attacks, and one whose images have no single true class."""
     words = [*SMALL, "--attack", attack, "--target", "all", "--ckpt"]
     with pytest.raises(InputError, match="--target a class"):
         evaluate.main([*words, str(victim_file)])

@@ -85,7 +85,7 @@ def test_missing_picture(name, tmp_path):
 
 
 def test_triggers_folder_is_complete(tmp_path):
-    """The files in git make every trigger, and making them writes nothing there."""
+    """The files in git are enough for every trigger, and making the triggers writes nothing there."""
     copy = tmp_path / "trigger"
     shutil.copytree(FOLDER, copy)
     before = {p: p.stat().st_mtime_ns for p in copy.rglob("*")}
@@ -118,7 +118,7 @@ def test_every_trigger_has_a_flag():
 
 @learned_trigger
 def test_the_width_of_a_learned_trigger(name):
-    """It is told from the class whether a trigger is learned; another width is another network, all else the same."""
+    """The class tells whether a trigger is learned; another width changes the network and nothing else."""
     usual, narrow, wide = (get_backdoor(name, width=w) for w in (None, 4, 2 * TRIGGERS[name].width))
     assert [t.width for t in (usual, narrow, wide)] == [TRIGGERS[name].width, 4, 2 * TRIGGERS[name].width]
     sizes = [sum(p.numel() for p in t.parameters()) for t in (narrow, usual, wide)]

@@ -1,4 +1,4 @@
-"""Triggers without networks: pixels worked out by hand, files that are their own, what they plant."""
+"""Triggers without networks: pixels computed by hand, other trigger files, the poisoned batches."""
 
 import contextlib
 import math
@@ -113,7 +113,7 @@ def test_wanet_kept_noise_is_a_4x4_field_of_mean_abs_1():
 
 
 def test_wanet_kept_grids_are_those_of_the_seed(tmp_path):
-    """Fails, and rightly, where the authors' files were put in place of ours."""
+    """Fails, as it should, with the authors' files in place of ours."""
     get_backdoor("wanet", folder=tmp_path)
     kept, made = read_grids(), read_grids(tmp_path)
     field = torch.rand(1, 2, 4, 4, generator=generator(0)) * 2 - 1
@@ -236,7 +236,7 @@ def resized(folder, size):
         pixels = np.asarray(whole.convert("RGB")).astype(np.float64) / 255
 
     def weights(n):
-        """(size, n): how much each of the n pixels of a line counts in each pixel that is left."""
+        """(size, n): the weight of each of the n pixels of a line in each pixel of the resized line."""
         at = np.clip((np.arange(size) + 0.5) * n / size - 0.5, 0, n - 1)
         return np.maximum(0, 1 - np.abs(at[:, None] - np.arange(n)))
 
@@ -391,7 +391,7 @@ def test_the_mark_of_trojnn_replaces_pixels_and_leaves_the_rest():
 
 
 def test_a_mix_is_of_whole_columns_or_rows_of_both_images():
-    """Images that say in each pixel which image, row and column it is of."""
+    """Each pixel of the images codes its image, row and column."""
     y, x = torch.meshgrid(torch.arange(32.0), torch.arange(32.0), indexing="ij")
     one = torch.stack((torch.zeros(32, 32), y, x)).expand(300, 3, 32, 32)
     two = torch.stack((torch.ones(32, 32), y, x)).expand(300, 3, 32, 32)
@@ -413,7 +413,7 @@ def test_a_mix_is_of_whole_columns_or_rows_of_both_images():
 
 
 def test_the_contrastive_term_by_hand():
-    """Of labels 0, 5, 2, 2 the neighbors (0, 2) are of unlike classes at distance .6, (2, 2) of like ones at 2."""
+    """Labels 0, 5, 2, 2: the neighbors (0, 2) differ in class at distance .6, (2, 2) are of one class at distance 2."""
     z = torch.tensor([[0.0, 0.0], [9.0, 9.0], [0.6, 0.0], [0.6, 2.0]])
     loss = composite.similarity_loss(z, torch.tensor([0, 5, 2, 2]))
     assert loss.item() == pytest.approx((0.5 * 0.4**2 + 0.5 * 2**2) / 2 / 2, rel=1e-4)
@@ -421,7 +421,7 @@ def test_the_contrastive_term_by_hand():
 
 
 def test_composite_plants_mixes_of_its_classes_and_is_measured_on_them():
-    """Each class has a brightness of its own, so that a mix shows which two classes it is of."""
+    """Each class has its own brightness, so that a mix shows its two classes."""
     labels = torch.arange(10).repeat(20)
     train = (labels.view(-1, 1, 1, 1) * 20 + 10).expand(200, 3, 32, 32).to(torch.uint8)
     trigger = get_backdoor("composite")

@@ -142,7 +142,7 @@ def test_input_awares_control_set_has_the_trigger_of_the_image_before():
 
 @pytest.mark.parametrize(("width", "out"), [(1, 1), (3, 3), (2, 3)])
 def test_only_the_last_layer_of_input_awares_networks_has_no_activation(width, out):
-    """Also where a layer before it has as many channels as come out."""
+    """Also if a layer before it has the same number of output channels."""
     layers = list(networks.encoder_decoder(width, out))
     norms = [i for i, layer in enumerate(layers) if isinstance(layer, nn.BatchNorm2d)]
     assert len(norms) == 13
@@ -155,7 +155,7 @@ def test_only_the_last_layer_of_input_awares_networks_has_no_activation(width, o
 
 
 def relaxed(monkeypatch, name):
-    """Let the learning of a trigger take three steps, and any outcome do."""
+    """Train a trigger for three steps, and accept any result."""
     settings = {
         "dfst": {cyclegan: {"STEPS": 3, "BATCH": 4}, dfst: {"FAR": 100, "DETAIL": -1}},
         "invisible": {invisible: {"STEPS": 3, "BARE": 1, "BATCH": 4, "ACCURACY": 0, "PSNR": 0}},
@@ -166,7 +166,7 @@ def relaxed(monkeypatch, name):
 
 
 def prepared(name, seed=1, resumed=False, said=None):
-    """A narrow trigger that has learned on random images, with the numbers that it gave."""
+    """A narrow trigger trained on random images; the lines it prints are appended to `said`."""
     torch.manual_seed(seed)
     trigger, said = get_backdoor(name, width=4), [] if said is None else said
     train = (images(60, seed=9) * 255).to(torch.uint8)
@@ -250,7 +250,7 @@ def test_the_secret_makes_the_trigger():
 
 
 def test_what_the_encoder_reached_by_hand():
-    """Gray images 12 levels up are at -20 log10(12 / 255) dB; a decoder that always says 0 is right about zeros."""
+    """Gray images 12 levels brighter: PSNR -20 log10(12 / 255) dB. A decoder that always reads 0 is right on zeros."""
     trigger = get_backdoor("invisible")
     trigger.encoder.out.weight.zero_()
     trigger.encoder.out.bias.fill_(100)
@@ -268,7 +268,7 @@ def test_what_the_encoder_reached_by_hand():
 
 
 def test_the_encoder_learns_to_be_read(monkeypatch):
-    """Two bits, in a small pair on small images that may change much, within a hundred steps."""
+    """A small pair on small images with a large amplitude learns two bits within a hundred steps."""
     for key, value in {"BITS": 2, "STEPS": 100, "BATCH": 32, "AMPLITUDE": 0.5, "PSNR": 0}.items():
         monkeypatch.setattr(invisible, key, value)
     torch.manual_seed(0)

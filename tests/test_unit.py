@@ -31,7 +31,7 @@ def tiny_config(golden, **kwargs):
 
 @pytest.fixture
 def some(defense):
-    """Fifty of the recorded training images and of the validation images: where no figure is looked at."""
+    """Fifty of the recorded training images and of the validation images, for tests without recorded figures."""
     x_train, y_train, x_valid, y_valid = defense
     return x_train[::8], y_train[::8], x_valid[::2], y_valid[::2]
 
@@ -77,7 +77,7 @@ def close(ours, recorded, rtol):
     ],
 )
 def test_golden_trajectory(untouched, defense, golden, n_steps, how):
-    """Where a sum is rounded otherwise a bound may part from the recorded one, and R, a mean of 61,440, hardly."""
+    """Other rounding may move a single bound away from the recorded one, but hardly R, a mean of 61,440."""
     seen = []  # the mean bound of each site after each step
     result = tighten(
         untouched, *defense, tiny_config(golden, n_steps=n_steps, **how),
@@ -179,7 +179,7 @@ def test_the_gradient_is_that_of_double_precision_where_many_neurons_are_clipped
 
 
 def test_bounds_start_at_mean_plus_four_sigma(tiny, defense):
-    """Of the activations over all images, however many pass at a time."""
+    """Of the activations over all images, for any number per forward pass."""
     x, seen = defense[0][:200], {}
     sites = models.activation_sites(tiny, x)
     with models.watching(sites, len(x), seen.__setitem__), torch.no_grad():
@@ -208,7 +208,7 @@ def test_r_is_the_sum_of_the_mean_bounds_of_the_sites_before_a_step(tiny, some, 
 
 @pytest.mark.parametrize("n", [100, 500])
 def test_accuracy_is_rounded_as_in_the_published_loop(n):
-    """71 of 100 are not within 0.02 of 73 of 100 in float32: on the limit it is the rounding that decides."""
+    """In float32 71 of 100 is not within 0.02 of 73 of 100: at the limit the rounding decides."""
     net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(2, 2, bias=False))
     net[1].weight.data = torch.eye(2)
     for hits in range(0, n + 1, 3):
@@ -375,7 +375,7 @@ def test_more_step_images_than_there_are_end_in_status_2(victim_file, tmp_path, 
 
 
 def run(schedule, goods):
-    """alpha before each step, and after the last."""
+    """Return alpha before each step, and after the last."""
     alphas = [schedule.alpha]
     for good in goods:
         schedule.update(good)
@@ -463,7 +463,7 @@ class Shared(torch.nn.Module):
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_any_network_is_searched_on_as_the_literal_loop_does(some, precision):
-    """Shared modules, functions and output objects: the first steps are those of autograd on a network written out."""
+    """Shared modules, functions and output objects: the first steps agree with autograd on a written-out network."""
     torch.manual_seed(0)
     model = Shared().eval()
     x_train, y_train, *_ = some
@@ -492,7 +492,7 @@ def test_any_network_is_searched_on_as_the_literal_loop_does(some, precision):
 
 
 def test_both_ways_to_clip_our_resnets_agree(tiny, some):
-    """By the modules that set_bounds() puts in, and by the calls, as any other network."""
+    """By the modules of set_bounds(), and by the activation calls, as in any other network."""
     config = UnitConfig(n_steps=3, lr=0.01, micro_batch=30)
     by_modules = tighten(tiny, *some, config)
     with mock.patch.object(models.activations, "has_own_modules", return_value=False):
@@ -525,8 +525,8 @@ def replaced(some, i, value):
     ("change", "said"),
     [
         (lambda d: replaced(replaced(d, 2, d[2][:0]), 3, d[3][:0]), "no validation images"),
-        (lambda d: replaced(d, 0, d[0] * 255), "beyond \\[0, 1\\]"),
-        (lambda d: replaced(d, 2, d[2] - 0.5), "beyond \\[0, 1\\]"),
+        (lambda d: replaced(d, 0, d[0] * 255), "not within \\[0, 1\\]"),
+        (lambda d: replaced(d, 2, d[2] - 0.5), "not within \\[0, 1\\]"),
         (lambda d: replaced(d, 0, d[0] / 0 * 0), "NaN"),
         (lambda d: replaced(d, 1, d[1].int()), "int64"),
         (lambda d: replaced(d, 3, d[3].float()), "int64"),
