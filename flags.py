@@ -242,7 +242,7 @@ def _evaluate(p):
     _common(p)
     p.add_argument("--ckpt", help="victim or defended model (default: the victim of --network and --attack)")
     _trigger_of(p)
-    p.add_argument("--activations", action="store_true", help="also the trigger's effect on activations, as a picture")
+    p.add_argument("--activations", action="store_true", help="also the trigger's effect inside: table and picture")
     p.add_argument("--outdir", default=".", help="folder of the picture")
 
 
