@@ -294,8 +294,8 @@ def main(argv=None):
     inputs.check_search(path, model, config, images)
     victim = {"file": path.name, "sha256": utils.sha256(path), "attack": checkpoint["attack"]}
     settings = {k: getattr(args, k) for k in ("dataset", "size", "data_rate", "draw")} | {"flip": inputs.flips(args)}
-    settings |= asdict(config)
-    partial = Partial(out, settings | {"victim": victim["sha256"]}, device, args.resume)
+    settings |= asdict(config) | inputs.origin(path, checkpoint, *images)
+    partial = Partial(out, settings, device, args.resume)
     picture = Path(args.outdir) / f"unit_{utils.file_tag(args.attack)}.png"
     record_at = records.path_of("unit", args, victim)
     if first:

@@ -145,6 +145,14 @@ def sha256(path):
         raise InputError(f"cannot read {path}: {error.strerror}") from None
 
 
+def tensor_sum(*tensors):
+    """Return the SHA-256 sum of the bytes of tensors, one after the other, in hexadecimal."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.cpu().contiguous().numpy())
+    return digest.hexdigest()
+
+
 # --- checkpoints ----------------------------------------------------------------------------------------------------
 
 

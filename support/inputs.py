@@ -14,7 +14,7 @@ import models
 import utils
 from fast import ranks
 
-from . import foreign
+from . import foreign, resume
 
 
 def class_names(args):
@@ -103,6 +103,15 @@ def check_victim(path, checkpoint, out):
     if out.resolve() == path.resolve():
         raise InputError(f"--out is the victim {path} itself; give another place")
     utils.check_place(out)
+
+
+def origin(path, checkpoint, *tensors):
+    """Return what a run starts from, for support.resume.Partial: the victim's file and network, normalization, images.
+
+    tensors: the images, and their labels where they are used.
+    """
+    about = {k: checkpoint[k] for k in ("network", "mean", "std")}
+    return about | {"victim": utils.sha256(path), resume.IMAGES: utils.tensor_sum(*tensors)}
 
 
 def check_search(path, model, config, images):
