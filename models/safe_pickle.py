@@ -119,6 +119,8 @@ def read_pickle(path):
             content = torch.load(path, map_location="cpu", weights_only=True)
         content = _plain(content, {}, iter(range(MAX_MODULES)))
     except pickle.UnpicklingError as error:
+        if "Unsupported operand" in str(error):  # a text, a page, another pickle
+            raise ValueError("it is no checkpoint as torch.save, in its own protocol, or safetensors write") from None
         raise ValueError(f"it holds more than tensors and plain values ({_reason(error)})") from None
     except Exception as error:  # whatever a damaged or malicious file makes torch raise, or a network of itself
         raise ValueError(f"it is damaged or no checkpoint ({type(error).__name__}: {_reason(error)})") from None
@@ -212,6 +214,6 @@ def _reason(error):
         return "a TorchScript archive"
     lines = [line for line in str(error).splitlines() if line.strip()]
     # its own words come first, what the unpickler says last
-    said = [line for line in lines if "WeightsUnpickler error:" in line] or lines or ["unreadable"]
-    text = re.sub(r"^.*?WeightsUnpickler error:", "", said[0])
+    said = [line for line in lines if re.search("WeightsUnpickler error:|unsupported GLOBAL", line)] or lines
+    text = re.sub(r"^.*?WeightsUnpickler error:", "", (said or ["unreadable"])[0])
     return re.split(r"\. |, please| Please| was not an allowed", text)[0].strip()[:160]

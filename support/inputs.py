@@ -36,7 +36,7 @@ def victim_path(args):
 
     The embedded sample has no victims of its own: it is for those of the full set.
     """
-    if args.ckpt:
+    if args.ckpt is not None:
         return Path(args.ckpt)
     if args.attack == "file" or place_of(args.attack):
         raise InputError("triggered images do not say which network they are for; give it by --ckpt")
@@ -149,7 +149,11 @@ def settle_normalization(args, path, model, checkpoint, asked):
 
     def clean():
         usual = argparse.Namespace(**{**vars(args), "data_rate": None, "draw": "first"})
-        x_train, y_train, x_valid, y_valid = defense_data(usual)
+        try:
+            x_train, y_train, x_valid, y_valid = defense_data(usual)
+        except InputError:  # a small set, of which 5 % is less than two images of each class
+            usual.data_rate = 1.0
+            x_train, y_train, x_valid, y_valid = defense_data(usual)
         images, labels = torch.cat((x_train, x_valid)), torch.cat((y_train, y_valid))
         order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
         return images[order], labels[order]
