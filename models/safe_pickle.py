@@ -1,8 +1,9 @@
 """Checkpoints from elsewhere: the tensors and plain values out of a file, without running code that the file names.
 
-Whole pickled networks (the authors' `models.resnet.ResNet`, torchvision's, timm's), numpy's numbers and arrays and
-PIL's images are read through stand-ins: each name that such an object may ask for is mapped to an inert record before
-the file is read, so that neither what is named nor anything else is ever called. Any other name is refused.
+Whole pickled networks (the authors' `models.resnet.ResNet`, torchvision's, timm's), numpy's numbers and arrays, PIL's
+images and argparse's settings are read through stand-ins: each name that such an object may ask for is mapped to an
+inert record before the file is read, so that neither what is named nor anything else is ever called. Any other name is
+refused.
 """
 
 import math
@@ -65,6 +66,7 @@ STAND_INS = {
     "numpy.ndarray": _Held,
     "numpy.dtype": _DType,
     "PIL.Image.Image": _Picture,
+    "argparse.Namespace": _Held,  # the settings that timm and others save beside the weights
     "functools.partial": _Held,  # of a layer's class, within torchvision's networks
     **dict.fromkeys(AUTHORS_CLASSES, _Module),
 }

@@ -8,6 +8,7 @@ import os
 import pickle
 import struct
 import sys
+import types
 import zlib
 
 import numpy as np
@@ -304,6 +305,7 @@ WRAPPED = {
     "state_dict": lambda s: {"state_dict": s, "args": {"lr": np.float64(0.1), "dataset": "cifar10"}, "loss": [1.0]},
     "IAD, Blind": lambda s: {"model": s},
     "LIRA": lambda s: {"atkmodel": {"a.weight": torch.zeros(3)}, "clsmodel": s, "best": np.bool_(True)},
+    "timm": lambda s: {"epoch": 3, "arch": "x", "state_dict": s, "args": argparse.Namespace(lr=0.1), "metric": 93.5},
     "WaNet": lambda s: {"netC": s, "identity_grid": torch.zeros(1, 32, 32, 2), "best_clean_acc": torch.tensor(0.9)},
     "several GPUs": lambda s: {"model_state_dict": {f"module.{k}": v for k, v in s.items()}},
     "Lightning": lambda s: {
@@ -378,8 +380,8 @@ class Call:
 
 
 def test_the_reason_is_the_name_that_is_not_known(preact, tmp_path):
-    beside = {"net": preact.state_dict(), "optimizer": argparse.Namespace(lr=1), "acc": np.float64(3)}
-    assert "it asks for argparse.Namespace)" in refusal(beside, tmp_path)
+    beside = {"net": preact.state_dict(), "optimizer": types.SimpleNamespace(lr=1), "acc": np.float64(3)}
+    assert "it asks for types.SimpleNamespace)" in refusal(beside, tmp_path)
     torch.save({"net": Call(os.system, "x")}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
     with pytest.raises(InputError, match="plain values .*posix.system"):
         utils.load_checkpoint(tmp_path / "old.pt")
