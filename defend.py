@@ -31,7 +31,7 @@ from evaluate import evaluate
 from fast import training_layout
 from fast.training import compiled
 from support import inputs, machine, records
-from support.resume import Partial
+from support.resume import IMAGES, Partial
 
 
 @dataclass(frozen=True)
@@ -71,15 +71,16 @@ def configure(args):
     return replace(config, epochs=args.epochs[0])
 
 
-def repair(args, config, model, partial, dtype):
-    """Run the method on `model`; return (Repaired, number of clean images it saw)."""
-    device = next(model.parameters()).device
+def clean_images(args, config):
+    """Return the images that the method sees, uint8 (N, 3, H, W), and their labels, int64 (N,)."""
     if config.data_rate:
         x_train, y_train, x_valid, y_valid = inputs.defense_data(args, config.data_rate)
-        images, labels = torch.cat((x_train, x_valid)).to(device), torch.cat((y_train, y_valid)).to(device)
-    else:
-        images = torch.empty(0, 3, args.size, args.size, dtype=torch.uint8, device=device)
-        labels = torch.empty(0, dtype=torch.int64, device=device)
+        return torch.cat((x_train, x_valid)), torch.cat((y_train, y_valid))
+    return torch.zeros(0, 3, args.size, args.size, dtype=torch.uint8), torch.zeros(0, dtype=torch.int64)
+
+
+def repair(args, config, model, images, labels, partial, dtype):
+    """Run the method on `model`, with these images; return what it returns, a Repaired."""
     print(
         f"{args.defense}: {len(images):,} clean images, labels{'' if config.uses_labels else ' not'} used", flush=True
     )
@@ -105,7 +106,7 @@ def repair(args, config, model, partial, dtype):
             raise InputError(f"{args.defense} cannot repair this victim: {error}") from None
     for name, value in repaired.findings.items():
         print(f"{name}: {value}")
-    return repaired, len(images)
+    return repaired
 
 
 def rounded(model):
@@ -141,18 +142,19 @@ def defend(args, config, device, dtype):
     else:
         keys = ("defense", "dataset", "size", "data_rate", "draw", "seed")
         settings = {k: getattr(args, k) for k in keys} | asdict(config)
-        settings |= {"victim": victim["sha256"], "precision": str(dtype)}
+        images, labels = clean_images(args, config)
+        settings |= inputs.origin(path, checkpoint, images, labels) | {"precision": str(dtype)}
         partial = Partial(out, settings, device, args.resume)
         print(f"{path}\nbefore  {before}{partial.said()}", flush=True)
-        repaired, n = repair(args, config, model, partial, dtype)
+        repaired = repair(args, config, model, images.to(device), labels.to(device), partial, dtype)
         seconds, state = partial.seconds_so_far(), rounded(repaired.model)
         after = measure(repaired.model)
         print(f"after   {after}\n{seconds:.1f} s")
         made = {"name": args.defense, **asdict(config), "findings": repaired.findings}
         saved = {**checkpoint, **after._asdict(), "size": args.size, "state_dict": state, "defense": made}
         utils.save_checkpoint(saved, out)
-        figures = {"data": n, "labels": config.uses_labels, "seconds": seconds, "peak_GiB": partial.peak_so_far()}
-        figures |= {"findings": repaired.findings}
+        figures = {"data": len(images), "labels": config.uses_labels, "seconds": seconds}
+        figures |= {"peak_GiB": partial.peak_so_far(), "findings": repaired.findings}
         print(f"wrote {out}")
     figures |= {"before": before._asdict(), "after": after._asdict(), "precision": str(dtype).removeprefix("torch.")}
     records.save(record_at, args.defense, args, config, victim, device, figures)
@@ -216,6 +218,7 @@ def train_by_dbd(args, config, device, dtype):
     network.to(memory_format=training_layout(network))
     keys = ("dataset", "size", "network", "attack", "seed", "target", "width", "poison_rate")
     settings = {k: getattr(args, k) for k in keys} | said | {"precision": str(dtype)} | asdict(config)
+    settings |= {IMAGES: utils.tensor_sum(images, labels)}  # the poisoned ones
     partial = Partial(out, settings, device, args.resume)
     print(partial.said().strip() or "stage 1 of 3", flush=True)
     history = partial.state["history"] if partial.state else {}

@@ -39,13 +39,13 @@ def main(argv=None):
     args = flags.parser("detect.py").parse_args(argv)
     device = utils.get_device(args.device)
     dtype = utils.get_dtype(args.precision, device)
-    path, model, _ = inputs.load_network(args, device)
+    path, model, checkpoint = inputs.load_network(args, device)
     picture = Path(args.outdir) / f"detect_{path.stem}.png"
     utils.check_place(picture)
     images = torch.cat(inputs.defense_data(args)[::2]).to(device)  # UNIT's training and validation images
     config = inversion.Config()
-    settings = {k: getattr(args, k) for k in ("dataset", "data_rate", "draw", "seed")} | asdict(config)
-    settings |= {"victim": utils.sha256(path), "precision": str(dtype)}
+    settings = {k: getattr(args, k) for k in ("dataset", "size", "data_rate", "draw", "seed")} | asdict(config)
+    settings |= inputs.origin(path, checkpoint, images) | {"precision": str(dtype)}
     partial = Partial(picture, settings, device, args.resume)
     print(f"{path}, {len(images):,} clean images{partial.said()}", flush=True)
     done = partial.step

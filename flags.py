@@ -7,6 +7,7 @@ Exit status of a command: 0 done, 1 a fault of ours, 2 bad input (one line on st
 import argparse
 import contextlib
 import ctypes
+import io
 import math
 import os
 import re
@@ -339,6 +340,9 @@ def run(main):
     signal.signal(signal.SIGINT, signal.default_int_handler)
     warnings.formatwarning = lambda message, *_args, **_kwargs: f"note: {message}\n"
     keep_freed_memory()
+    for stream in (sys.stdout, sys.stderr):  # a path need not be text
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         main()
     except InputError as error:

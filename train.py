@@ -21,7 +21,7 @@ from backdoors import epoch_order, poison_training_set
 from evaluate import evaluate
 from fast import ranks
 from support import inputs, machine
-from support.resume import Partial
+from support.resume import IMAGES, Partial
 
 QUICK = 1000  # test images measured after each epoch; all are measured after the last
 # the settings that determine a victim
@@ -172,20 +172,21 @@ def main(argv=None):
         model.parameters(), lr=args.lr, momentum=0.9, nesterov=True, weight_decay=args.weight_decay
     )
     optimizers = [optimizer] if along is None else [optimizer, along]
-    partial, history = Partial(out, config, device, args.resume), []
+    starts, surrogate = {IMAGES: utils.tensor_sum(*train_set)}, None
+    if backdoor is not None and backdoor.surrogate:
+        dataset = "cifar10" if args.dataset == "cifar10_sample" else args.dataset
+        path = args.surrogate or utils.checkpoint_path(dataset, "resnet18", "none", 0.25)
+        surrogate, about = utils.load_model(path, device)
+        if about["num_classes"] != len(classes):
+            n = f"{path} has {about['num_classes']} classes, {args.dataset} has {len(classes)}"
+            raise flags.InputError(f"{n}; give --surrogate a clean network for it")
+        starts["surrogate"] = utils.sha256(path)
+        surrogate = fast.search_network(surrogate, train_set[0][:2], dtype, n_images)[0]
+    partial, history = Partial(out, config | starts, device, args.resume), []
     if backdoor is not None:
         backdoor.flip = config["flip"]
         if partial.state:
             backdoor.load_state_dict(partial.state["trigger"])
-        surrogate = None
-        if backdoor.surrogate:
-            dataset = "cifar10" if args.dataset == "cifar10_sample" else args.dataset
-            path = args.surrogate or utils.checkpoint_path(dataset, "resnet18", "none", 0.25)
-            surrogate, about = utils.load_model(path, device)
-            if about["num_classes"] != len(classes):
-                n = f"{path} has {about['num_classes']} classes, {args.dataset} has {len(classes)}"
-                raise flags.InputError(f"{n}; give --surrogate a clean network for it")
-            surrogate = fast.search_network(surrogate, train_set[0][:2], dtype, n_images)[0]
         try:
             backdoor.prepare(*train_set, args.target, args.seed, bool(partial.state), say, surrogate)
         except ValueError as error:

@@ -58,6 +58,8 @@ class UnitConfig:
         for name in ("lr", "n_steps", "patience", "micro_batch", "step_images"):
             if (value := getattr(self, name)) is not None and not value > 0:
                 raise ValueError(f"{name} is {value}; it must be above 0")
+            if name != "lr" and value is not None and not hasattr(value, "__index__"):
+                raise ValueError(f"{name} is {value}; it must be a whole number")
         if not 0 <= self.acc_degrade <= 1:
             raise ValueError(f"acc_degrade is {self.acc_degrade}; it must be from 0 to 1")
         if self.step_images and self.step_images > n_train:
@@ -181,6 +183,9 @@ def tighten(model, x_train, y_train, x_valid, y_valid, config=UnitConfig(), call
     config.check(len(x_train))
     data.check_images(x_train, "training")
     data.check_images(x_valid, "validation")
+    if x_train.shape[1:] != x_valid.shape[1:]:
+        shapes = " and ".join(str(tuple(x.shape[1:])) for x in (x_train, x_valid))
+        raise ValueError(f"training and validation images are {shapes}; the bounds are for one size")
     device = models.weights_device(model)
     size = config.micro_batch or utils.pass_size(device, 100)
     dtype, n_images = utils.get_dtype(config.precision, device), config.n_steps * (config.step_images or len(x_train))
@@ -295,8 +300,8 @@ def main(argv=None):
     inputs.check_search(path, model, config, images)
     victim = {"file": path.name, "sha256": utils.sha256(path), "attack": checkpoint["attack"]}
     settings = {k: getattr(args, k) for k in ("dataset", "size", "data_rate", "draw")} | {"flip": inputs.flips(args)}
-    settings |= asdict(config)
-    partial = Partial(out, settings | {"victim": victim["sha256"]}, device, args.resume)
+    settings |= asdict(config) | inputs.origin(path, checkpoint, *images)
+    partial = Partial(out, settings, device, args.resume)
     picture = Path(args.outdir) / f"unit_{utils.file_tag(args.attack)}.png"
     record_at = records.path_of("unit", args, victim)
     if first:

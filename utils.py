@@ -2,6 +2,7 @@
 
 from flags import ATTACKS, DATASETS, DEFENSES, MAX_SIZE, NORMALIZATIONS, ROOT, InputError, place_of
 
+import contextlib
 import hashlib
 import json
 import os
@@ -22,6 +23,10 @@ CKPT = ROOT / "ckpt"
 FORMAT = 1  # of our checkpoints
 # the keys that a checkpoint may lack
 UNKNOWN = ("attack", "target", "dataset", "size", "trigger", "bounds", "defense", "mean", "std", "bd_test", "folder")
+# what they are where they say it
+KINDS = dict.fromkeys(("format", "num_classes", "size", "trigger_width"), int) | {"width": float | int}
+KINDS |= dict.fromkeys(("network", "attack", "dataset", "folder"), str) | {"target": int | str, "bd_test": list}
+KINDS |= dict.fromkeys(("state_dict", "bounds", "trigger"), dict) | dict.fromkeys(("mean", "std"), list | tuple)
 
 
 # --- device and precision ---------------------------------------------------------------------------------------------
@@ -100,15 +105,30 @@ def write_whole(path, write):
 
     Raises InputError when the file cannot be written (full disk, read-only folder).
     """
+    with _part_of(path) as part:
+        write(part)
+        os.replace(part, path)
+
+
+def check_place(path):
+    """Raise InputError unless a file can be written at `path`: what a long run wants to know before it starts."""
+    with _part_of(path) as part:
+        part.write_bytes(b"")
+
+
+@contextlib.contextmanager
+def _part_of(path):
+    """Give the path of a temporary file beside `path` and remove what lies there in the end; errors: write_whole()."""
     path = Path(path)
+    if path.is_dir() or not path.name:
+        raise InputError(f"cannot write {path}: it is a folder; give the name of a file")
     if path.exists() and not path.is_file():  # a rename would replace a device or a pipe
         raise InputError(f"cannot write {path}: it is no regular file; give another name")
     part = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            write(part)
-            os.replace(part, path)
+            yield part
         finally:
             part.unlink(missing_ok=True)
     except (OSError, RuntimeError) as error:
@@ -116,19 +136,8 @@ def write_whole(path, write):
         full = any(words in str(error) for words in ("PytorchStreamWriter", "unexpected pos", "inline_container"))
         if isinstance(error, RuntimeError) and not full:
             raise
-        reason = str(error).splitlines()[0]
+        reason = "the disk takes no more" if full else getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise InputError(f"cannot write {path}: {reason}; make room or choose another place") from None
-
-
-def check_place(path):
-    """Raise InputError unless a file can be written at `path`; a long run checks this before it starts."""
-    path = Path(path)
-    if path.is_dir() or not path.name:
-        raise InputError(f"cannot write {path}: it is a folder; give the name of a file")
-    if path.exists() and not path.is_file():
-        raise InputError(f"cannot write {path}: it is no regular file; give another name")
-    write_whole(path.with_name(f"{path.name}.probe"), lambda p: p.write_bytes(b""))
-    path.with_name(f"{path.name}.probe").unlink()
 
 
 def save_json(value, path):
@@ -142,6 +151,14 @@ def sha256(path):
         return hashlib.sha256(Path(path).read_bytes()).hexdigest()
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from None
+
+
+def tensor_sum(*tensors):
+    """Return the SHA-256 sum of the bytes of tensors, one after the other, in hexadecimal."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.cpu().contiguous().numpy())
+    return digest.hexdigest()
 
 
 # --- checkpoints ----------------------------------------------------------------------------------------------------
@@ -196,6 +213,8 @@ def load_checkpoint(path, network=None):
     Raises InputError for a missing file and for any other content.
     """
     path = Path(path)
+    if path.is_dir():
+        raise InputError(f"{path} is a folder; give the checkpoint, a file")
     if not path.is_file():
         raise InputError(f"no checkpoint {path}; {_how_to_make(path)}")
     try:
@@ -215,11 +234,17 @@ def load_checkpoint(path, network=None):
 
 def _own(content, path, network):
     """Return the checkpoint in a file of ours."""
+    for key, kind in KINDS.items():
+        if not isinstance(content.get(key), kind | None):
+            raise ValueError(f"its {key} is {' '.join(str(content[key]).split())[:60]}, which cannot be")
+    if not data.backdoorbench.are_entries(content.get("bd_test") or []):
+        raise ValueError("its bd_test is not as a defended model keeps it")
     if content["format"] != FORMAT:
         raise InputError(f"{path} has format {content['format']}, this version reads {FORMAT}; update the repo")
     if "defence" in content:  # another spelling of the same key
         content["defense"] = content.pop("defence")
-    content = {**dict(zip(("mean", "std"), NORMALIZATIONS["authors"], strict=True)), **content}
+    if content.get("mean") is None or content.get("std") is None:
+        content["mean"], content["std"] = NORMALIZATIONS["authors"]
     if not {"network", "width", "num_classes"} <= set(content):
         content = {**models.describe_state_dict(content["state_dict"]), **content}
     if network not in (None, content["network"]):
@@ -306,6 +331,9 @@ def build_model(path, checkpoint, device="cpu"):
         damaged += [k for k, v in state.items() if k.endswith("running_var") and (v < 0).any()]
         if damaged:
             raise ValueError(f"NaN, infinity or a variance below 0 in {damaged[0]}; take a file that is whole")
+        for key, own in model.state_dict().items():
+            if key in state and own.is_floating_point() > state[key].is_floating_point():
+                raise ValueError(f"{key} holds {state[key].dtype}; give weights in floating point")
         model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in state.items()})
         if checkpoint["bounds"] is not None:
             shapes = {name: tuple(bound.shape) for name, bound in checkpoint["bounds"].items()}

@@ -46,7 +46,7 @@ def load_npz(path, train, size):
     arrays, n_classes = _Npz(path), len(npz_classes(path))
     split = "train" if train else "test"
     if not arrays.has(split):
-        raise InputError(f"{path} has no x_{split} and y_{split}; it has {', '.join(arrays.names) or 'nothing'}")
+        raise InputError(f"{path} has no x_{split} and y_{split}; it has {', '.join(arrays.names[:5]) or 'nothing'}")
     images, labels = arrays.images(split), arrays.labels(split)
     if len(images) != len(labels):
         raise InputError(f"{path} has {len(images)} images and {len(labels)} labels in its {split} split")
@@ -82,8 +82,10 @@ class _Npz:
         try:
             with open(self.path, "rb") as file:
                 return np.load(file, allow_pickle=False)[name]
-        except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
-            reason = " ".join(str(error).split())[:120]
+        except MemoryError:
+            raise
+        except Exception as error:  # whatever a damaged, encrypted or pickled array makes NumPy and zipfile raise
+            reason = " ".join((str(error) or type(error).__name__).split())[:120]
             raise InputError(f"cannot read {name} of {self.path} ({reason})") from None
 
     def images(self, split):
@@ -105,10 +107,10 @@ class _Npz:
         """Return int64 (N,), all >= 0."""
         name = self._name("y", split)
         if name is None:
-            have = ", ".join(self.names) or "nothing"
+            have = ", ".join(self.names[:5]) or "nothing"
             raise InputError(f"{self.path} has to hold x_train, y_train, x_test and y_test, or x and y; it has {have}")
         y = self.read(name)
-        if y.dtype.kind not in "iu" or y.size == 0 or y.size != len(y):
+        if y.dtype.kind not in "iu" or y.size == 0 or y.shape[:1] != (y.size,):
             raise InputError(f"{name} of {self.path} is {y.dtype} of shape {y.shape}; give whole numbers, one an image")
         if y.min() < 0 or y.max() > 2**31:
             raise InputError(f"{name} of {self.path} reaches from {y.min()} to {y.max()}; number the classes from 0")

@@ -3,13 +3,13 @@
 The images lie in PNG files whose paths are relative to the folder that contains `record`, or in the file itself.
 """
 
-from flags import NORMALIZATIONS, InputError
+from flags import MAX_SIZE, NORMALIZATIONS, InputError
 
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 # what it normalizes the images of its data sets with
 NORMALIZATION = dict(zip(("cifar10", "cifar100", "tiny"), ("backdoorbench", "cifar100", "tiny"), strict=True))
@@ -34,13 +34,19 @@ def fields(content):
         if dataset in NORMALIZATION:
             said["mean"], said["std"] = NORMALIZATIONS[NORMALIZATION[dataset]]
     if content.get("img_size") is not None:
-        side, other, *_ = content["img_size"]
-        if side != other:
-            raise ValueError(f"its images are {side}x{other}; only square ones are taken")
-        said["size"] = int(side)
+        said["size"] = _side(content["img_size"])
     if isinstance(content.get("bd_test"), dict):
         said["bd_test"] = triggered_entries(content["bd_test"])
     return said
+
+
+def _side(size):
+    sides = list(size)[:2] if isinstance(size, (tuple, list)) else [size]
+    if len(sides) < 2 or not all(type(side) is int and 0 < side <= MAX_SIZE for side in sides):
+        raise ValueError(f"its img_size is {str(size)[:60]}, not height, width and channels")
+    if sides[0] != sides[1]:
+        raise ValueError(f"its images are {sides[0]}x{sides[1]}; only square ones are taken")
+    return sides[0]
 
 
 def triggered_entries(bd_test):
@@ -68,6 +74,17 @@ def triggered_entries(bd_test):
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
         raise ValueError(f"its bd_test is not as BackdoorBench writes it ({reason})") from None
     return found
+
+
+def are_entries(values):
+    """Return whether a list is of such entries as triggered_entries() returns."""
+    return all(
+        isinstance(entry, tuple)
+        and len(entry) == 5
+        and all(type(entry[i]) is int for i in (0, 2, 3))
+        and (type(entry[1]) is str if entry[4] is None else isinstance(entry[4], torch.Tensor) and entry[4].dim() == 3)
+        for entry in values
+    )
 
 
 def _chosen(bd_test, entries):
@@ -131,5 +148,8 @@ def _read(path):
             if max(picture.size) > LARGEST:
                 raise ValueError(f"it is {picture.width}x{picture.height}")
             return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)
-    except (OSError, ValueError, UnidentifiedImageError) as error:
-        raise InputError(f"cannot read the triggered image {path} ({' '.join(str(error).split())[:100]})") from None
+    except MemoryError:
+        raise
+    except Exception as error:  # whatever a damaged picture makes Pillow raise
+        reason = " ".join((str(error) or type(error).__name__).split())[:100]
+        raise InputError(f"cannot read the triggered image {path} ({reason})") from None

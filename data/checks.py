@@ -7,6 +7,8 @@ def check_images(x, what):
     """Raise ValueError unless x is a tensor (N, 3, H, W), uint8 or float in [0, 1]; what: for example `training`."""
     if not isinstance(x, torch.Tensor) or x.dim() != 4:
         raise ValueError(f"{what} images must be a tensor (N, 3, H, W)")
+    if x.shape[1] not in (1, 3) and x.shape[3] in (1, 3):
+        raise ValueError(f"{what} images are {tuple(x.shape)}; give (N, 3, H, W), as x.permute(0, 3, 1, 2) is")
     if len(x) == 0:
         raise ValueError(f"there are no {what} images")
     if x.dtype == torch.uint8:

@@ -39,7 +39,9 @@ class ClippedReLU(Clip):
 
 
 def weights_device(model):
-    """Return the device of the network's weights. Raises ValueError unless all of them are float32."""
+    """Return the device of the network's weights. Raises ValueError for TorchScript and for other than float32."""
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ValueError("the network is TorchScript, which hides its activations; give its nn.Module")
     weights = [p for p in model.parameters() if p.is_floating_point()]
     if other := {p.dtype for p in weights} - {torch.float32}:
         raise ValueError(f"the network has weights of {other.pop()}; model.float() makes them float32")

@@ -1,8 +1,9 @@
 """Checkpoints from elsewhere: the tensors and plain values out of a file, without running code that the file names.
 
-Whole pickled networks (the authors' `models.resnet.ResNet`, torchvision's, timm's), numpy's numbers and arrays and
-PIL's images are read through stand-ins: each name that such an object may ask for is mapped to an inert record before
-the file is read, so that neither what is named nor anything else is ever called. Any other name is refused.
+Whole pickled networks (the authors' `models.resnet.ResNet`, torchvision's, timm's), numpy's numbers and arrays, PIL's
+images and argparse's settings are read through stand-ins: each name that such an object may ask for is mapped to an
+inert record before the file is read, so that neither what is named nor anything else is ever called. Any other name is
+refused.
 """
 
 import math
@@ -65,6 +66,7 @@ STAND_INS = {
     "numpy.ndarray": _Held,
     "numpy.dtype": _DType,
     "PIL.Image.Image": _Picture,
+    "argparse.Namespace": _Held,  # the settings that timm and others save beside the weights
     "functools.partial": _Held,  # of a layer's class, within torchvision's networks
     **dict.fromkeys(AUTHORS_CLASSES, _Module),
 }
@@ -119,6 +121,8 @@ def read_pickle(path):
             content = torch.load(path, map_location="cpu", weights_only=True)
         content = _plain(content, {}, iter(range(MAX_MODULES)))
     except pickle.UnpicklingError as error:
+        if "Unsupported operand" in str(error):  # a text, a page, another pickle
+            raise ValueError("it is no checkpoint as torch.save, in its own protocol, or safetensors write") from None
         raise ValueError(f"it holds more than tensors and plain values ({_reason(error)})") from None
     except Exception as error:  # whatever a damaged or malicious file makes torch raise, or a network of itself
         raise ValueError(f"it is damaged or no checkpoint ({type(error).__name__}: {_reason(error)})") from None
@@ -212,6 +216,6 @@ def _reason(error):
         return "a TorchScript archive"
     lines = [line for line in str(error).splitlines() if line.strip()]
     # its own words come first, what the unpickler says last
-    said = [line for line in lines if "WeightsUnpickler error:" in line] or lines or ["unreadable"]
-    text = re.sub(r"^.*?WeightsUnpickler error:", "", said[0])
+    said = [line for line in lines if re.search("WeightsUnpickler error:|unsupported GLOBAL", line)] or lines
+    text = re.sub(r"^.*?WeightsUnpickler error:", "", (said or ["unreadable"])[0])
     return re.split(r"\. |, please| Please| was not an allowed", text)[0].strip()[:160]

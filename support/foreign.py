@@ -150,7 +150,8 @@ def triggered_images(checkpoint, size):
     """
     images, original, under_attack = data.backdoorbench.triggered_images(checkpoint["bd_test"], checkpoint["folder"])
     if images.shape[2:] != (size, size):
-        raise InputError(f"the checkpoint's triggered images are {images.shape[3]}x{images.shape[2]}, not of --size")
+        sizes = f"{images.shape[3]}x{images.shape[2]}, its network takes {size}x{size}"
+        raise InputError(f"the checkpoint's triggered images are {sizes}; give --attack another, or none")
     counts = original != under_attack
     indices = [str(entry[0]) for entry, yes in zip(checkpoint["bd_test"], counts.tolist(), strict=True) if yes]
     return images[counts], original[counts], indices

@@ -14,7 +14,7 @@ import models
 import utils
 from fast import ranks
 
-from . import foreign
+from . import foreign, resume
 
 
 def class_names(args):
@@ -36,7 +36,7 @@ def victim_path(args):
 
     The embedded sample has no victims of its own: it is for those of the full set.
     """
-    if args.ckpt:
+    if args.ckpt is not None:
         return Path(args.ckpt)
     if args.attack == "file" or place_of(args.attack):
         raise InputError("triggered images do not say which network they are for; give it by --ckpt")
@@ -119,6 +119,15 @@ def check_victim(path, checkpoint, out):
     utils.check_place(out)
 
 
+def origin(path, checkpoint, *tensors):
+    """Return what a run starts from, for support.resume.Partial: the victim's file and network, normalization, images.
+
+    tensors: the images, and their labels where they are used.
+    """
+    about = {k: checkpoint[k] for k in ("network", "mean", "std")}
+    return about | {"victim": utils.sha256(path), resume.IMAGES: utils.tensor_sum(*tensors)}
+
+
 def check_search(path, model, config, images):
     """Raise InputError where UNIT cannot search bounds on this network, or by this unit.UnitConfig; images: it sees."""
     try:
@@ -154,7 +163,11 @@ def settle_normalization(args, path, model, checkpoint, asked):
 
     def clean():
         usual = argparse.Namespace(**{**vars(args), "data_rate": None, "draw": "first"})
-        x_train, y_train, x_valid, y_valid = defense_data(usual)
+        try:
+            x_train, y_train, x_valid, y_valid = defense_data(usual)
+        except InputError:  # a small set, of which 5 % is less than two images of each class
+            usual.data_rate = 1.0
+            x_train, y_train, x_valid, y_valid = defense_data(usual)
         images, labels = torch.cat((x_train, x_valid)), torch.cat((y_train, y_valid))
         order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
         return images[order], labels[order]

@@ -12,6 +12,7 @@ import utils
 
 from . import machine
 
+IMAGES = "set of images"  # the setting with their sum (utils.tensor_sum); it often follows from others
 KEEP_EVERY = 60  # seconds, after which keep() writes again
 
 
@@ -54,6 +55,7 @@ class Partial:
             raise InputError(f"{self.path} cannot be read ({type(error).__name__}); {advice}") from None
         differ = [k for k in {**before, **self.settings} if before.get(k) != self.settings.get(k)]
         if differ:
+            differ = [k for k in differ if k != IMAGES] or differ
             raise InputError(f"{self.path} is a cut-off run with another {', '.join(differ)}; {advice}")
         now = self._machine()
         if then != now:

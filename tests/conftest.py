@@ -14,6 +14,7 @@ import models
 import utils
 from backdoors import get_backdoor
 from data import cifar10
+from support import foreign
 from tests.images import FLOWER, RINGS, SCENE, generator, grids, picture, regular_grid
 
 flags.keep_freed_memory()  # as the commands do
@@ -60,6 +61,12 @@ def few_test_images():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cifar10, "load_sample", lambda train: [t if train else t[::4].clone() for t in whole(train)])
         yield
+
+
+@pytest.fixture
+def few_tries(monkeypatch):
+    """Normalizations are tried on 60 images at most: to save time."""
+    monkeypatch.setattr(foreign, "ROUNDS", (60,))
 
 
 @pytest.fixture

@@ -230,7 +230,8 @@ def test_gates_and_our_networks_are_no_cause_to_warn(tiny):
 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        models.activation_sites(Odd(squeeze).eval(), torch.rand(2, 3, 4, 4))
+        for side in (4, 1):
+            models.activation_sites(Odd(squeeze).eval(), torch.rand(2, 3, side, side))
         models.activation_sites(tiny, torch.rand(2, 3, 32, 32))
 
 

@@ -14,8 +14,10 @@ import pytest
 import torch
 from torch import nn
 
+import evaluate
 import models
 import models.custom_modules
+import unit
 import utils
 from backdoors import get_backdoor
 from support import inputs
@@ -212,6 +214,20 @@ def test_a_damaged_file_is_refused(victim_file):
         assert "\n" not in str(caught.value)
 
 
+def test_a_folder_is_no_checkpoint(tmp_path):
+    for command in (evaluate, unit):
+        for given in (str(tmp_path), ""):  # as of a variable of the shell that is not set
+            with pytest.raises(InputError, match="is a folder; give the checkpoint, a file"):
+                command.main(["--dataset", "cifar10_sample", "--ckpt", given])
+
+
+@pytest.mark.parametrize("content", [b"<html>", b"version https://git-lfs", pickle.dumps({"conv1.weight": 1})])
+def test_what_torch_did_not_write_is_told_so(tmp_path, content):
+    (tmp_path / "x.pt").write_bytes(content)
+    with pytest.raises(InputError, match="is refused: it is no checkpoint as torch.save, in its own protocol"):
+        utils.load_checkpoint(tmp_path / "x.pt")
+
+
 def test_weights_that_do_not_fit_the_named_network(tiny, tmp_path):
     path = tmp_path / "x.pt"
     utils.save_checkpoint(
@@ -259,15 +275,15 @@ def test_a_full_disk_is_bad_luck_not_a_traceback(victim_file, tmp_path):
     """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 2
-    assert re.fullmatch(r"error: cannot write .*; make room or choose another place\n", done.stderr)
+    assert re.fullmatch(r"error: cannot write .*: the disk takes no more; make room .*\n", done.stderr)
     assert list((tmp_path / "new").iterdir()) == []
 
 
-@pytest.mark.parametrize("place", ["folder", "file/x.pt"])
+@pytest.mark.parametrize("place", ["folder", "file/x.pt", "file/deep/x.pt"])
 def test_a_place_that_cannot_be_written_is_known_beforehand(tmp_path, place):
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="cannot write"):
+    with pytest.raises(InputError, match=rf"cannot write {tmp_path / place}: [^/]*(; make room|; give the name).*"):
         utils.check_place(tmp_path / place)
     utils.check_place(tmp_path / "new" / "x.pt")
     assert list((tmp_path / "new").iterdir()) == []
@@ -294,11 +310,37 @@ def test_bounds_of_another_shape_are_refused(victim_file, tiny, shape):
         utils.load_model(victim_file)
 
 
-@pytest.mark.parametrize("changes", [{"width": 1e6}, {"width": "wide"}, {"num_classes": 10**12}, {"bounds": [1]}])
+@pytest.mark.parametrize("changes", [{"width": 1e6}, {"width": -1}, {"num_classes": 10**12}])
 def test_a_network_out_of_bounds_is_refused_before_it_is_built(victim_file, changes):
     bent(victim_file, **changes)
     with pytest.raises(InputError, match="does not fit"):
         utils.load_model(victim_file)
+
+
+@pytest.mark.parametrize("change", [
+    {"width": "wide"}, {"bounds": [1]}, {"trigger": 7}, {"format": torch.zeros(3)}, {"size": torch.zeros(3)},
+    {"target": [1]}, {"dataset": [1]}, {"mean": 5}, {"bd_test": 5}, {"bd_test": [1]},
+    {"bd_test": [(1, None, 0, 1, None)]},
+])  # fmt: skip
+def test_what_a_file_of_ours_says_has_to_be_of_its_kind(victim_file, change):
+    bent(victim_file, **change)
+    (name,) = change
+    with pytest.raises(InputError, match=f"is refused: its {name} is ") as caught:
+        utils.load_checkpoint(victim_file)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_of_ours_without_a_normalization_has_the_authors(victim_file):
+    bent(victim_file, mean=None, std=None)
+    checkpoint = utils.load_checkpoint(victim_file)
+    assert (checkpoint["mean"], checkpoint["std"]) == AUTHORS
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.complex64])
+def test_weights_that_are_not_in_floating_point_are_refused(tiny, tmp_path, dtype):
+    torch.save(tiny.state_dict() | {"linear.bias": torch.ones(10, dtype=dtype)}, tmp_path / "x.pt")
+    with pytest.raises(InputError, match=f"linear.bias holds {dtype}"):
+        utils.load_model(tmp_path / "x.pt", normalization=AUTHORS)
 
 
 def test_a_victims_own_trigger_goes_before_the_files(victim_file):
@@ -313,7 +355,7 @@ def test_a_victims_own_trigger_goes_before_the_files(victim_file):
     assert inputs.load_trigger("none", checkpoint, cpu) is None
 
 
-@pytest.mark.parametrize("trigger", [[1], {"patch": "x"}, 7, {"patch": torch.zeros(1)}])
+@pytest.mark.parametrize("trigger", [{"patch": "x"}, {}, {"patch": torch.zeros(1)}])
 def test_a_trigger_that_is_none_is_refused(victim_file, trigger):
     bent(victim_file, trigger=trigger, attack="badnet")
     with pytest.raises(InputError, match="no trigger for badnet") as caught:

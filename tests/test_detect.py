@@ -1,6 +1,6 @@
 """Neural Cleanse: the search for a patch, the anomaly index, unlearning; detect.py."""
 
-import flags  # noqa: F401  first, as in the commands
+from flags import InputError
 
 import dataclasses
 
@@ -173,6 +173,8 @@ def test_a_search_that_was_cut_off_goes_on(victim_file, tmp_path, capsys, monkey
     monkeypatch.setattr(inversion, "invert", cut_off)
     with pytest.raises(KeyboardInterrupt):
         detect.main(words)
+    with pytest.raises(InputError, match="another mean, std;"):
+        detect.main([*words, "--mean", "none"])
     monkeypatch.setattr(inversion, "invert", lambda net, x, c, *rest: asked.append(c) or invert(net, x, c, *rest))
     detect.main(words)
     assert asked == [6, 7, 8, 9]

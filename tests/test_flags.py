@@ -4,6 +4,7 @@ import flags
 from flags import COMMANDS, ROOT, InputError
 
 import argparse
+import io
 import os
 import re
 import subprocess
@@ -162,6 +163,15 @@ def test_too_little_memory_is_one_line(error, capsys):
     err = capsys.readouterr().err
     assert err.count("\n") == 1
     assert "--batch_size" in err
+
+
+def test_a_name_that_is_no_text_can_be_said(monkeypatch):
+    file = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(file, "utf-8", errors="strict"))
+    with pytest.raises(SystemExit) as end:
+        flags.run(lambda: print("m\udcff.pt", flush=True))
+    assert end.value.code == 0
+    assert file.getvalue() == b"m\\udcff.pt\n"
 
 
 def test_a_fault_of_ours_keeps_its_traceback():

@@ -224,6 +224,7 @@ def test_one_split_is_a_test_set(tmp_path):
         (four(pixels(0, 6, 32)), True, ["(6, 32)"]),
         (four(y=np.eye(6)[:, :3]), True, ["y_train", "float64"]),
         (four(y=np.eye(6, dtype=int)[:, :3]), True, ["y_train", "(6, 3)"]),
+        (four(y_train=np.int64(3)), True, ["y_train", "of shape ()"]),
         (four(y=np.array([-1, 0, 1, 2, 0, 1])), True, ["y_train", "-1"]),
         (four(y=np.array([0, 1, 3, 3, 1, 0])), True, ["class 2"]),
         (four(y=np.zeros(6, int)), True, ["1 classes"]),

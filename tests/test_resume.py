@@ -16,6 +16,7 @@ import fast.ranks
 import train
 import unit
 import utils
+from data import cifar10
 from defenses import finetune
 from evaluate import Measured
 from support import machine, resume
@@ -281,6 +282,8 @@ def test_a_search_goes_on_with_its_own_settings_alone(victim_file, tiny, tmp_pat
     for name, value in changes.items():
         with pytest.raises(InputError, match=f"another {name};"):
             run_unit(victim_file, tmp_path, *flags, f"--{name}", value)
+    with pytest.raises(InputError, match="another mean, std;"):
+        run_unit(victim_file, tmp_path, *flags, "--mean", "none")
     other = tmp_path / "other.pt"
     torch.save(tiny.state_dict(), other)
     with pytest.raises(InputError, match="another victim;"):
@@ -388,7 +391,7 @@ def test_without_resuming_a_repair_passes_over_what_it_could_go_on_from(victim_f
 def test_a_repair_goes_on_with_its_own_settings_alone(victim_file, tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(resume, "KEEP_EVERY", 0)
     monkeypatch.setattr(defend, "evaluate", lambda *_: Measured(1.0, 0.0, 1.0, 1.0, 1, 1, 1))
-    flags = ["--defense", "ft", "--epochs", "3", "--data_rate", "0.2"]
+    flags, sample = ["--defense", "ft", "--epochs", "3", "--data_rate", "0.2"], cifar10.load_sample
     cut_off_after(monkeypatch, 1)
     with pytest.raises(IndexError):
         run_defend(victim_file, tmp_path, *flags)
@@ -398,6 +401,13 @@ def test_a_repair_goes_on_with_its_own_settings_alone(victim_file, tiny, tmp_pat
     for name, value in changes.items():
         with pytest.raises(InputError, match=f"another {name};"):
             run_defend(victim_file, tmp_path, *flags, f"--{name}", value)
+    with pytest.raises(InputError, match="another mean, std;"):
+        run_defend(victim_file, tmp_path, *flags, "--mean", "none")
+    x, y = sample(True)
+    with monkeypatch.context() as patch:  # as of a folder of pictures that has changed since
+        patch.setattr(cifar10, "load_sample", lambda train: (x.flip(-1), y))
+        with pytest.raises(InputError, match="another set of images;"):
+            run_defend(victim_file, tmp_path, *flags)
     with pytest.raises(InputError, match="another defense,"):
         run_defend(victim_file, tmp_path, *flags, "--defense", "bcu")
     other = tmp_path / "other.pt"

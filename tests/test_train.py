@@ -401,8 +401,24 @@ def test_a_cut_off_run_goes_on_with_its_own_settings_alone(tmp_path, monkeypatch
     for name, value in changes.items():
         with pytest.raises(InputError, match=f"another {name};"):
             train.main([*TRAIN, f"--{name}", value, "--ckpt", str(out)])
+    with pytest.raises(InputError, match="another mean, std;"):
+        train.main([*TRAIN, "--mean", "none", "--ckpt", str(out)])
     assert partial.read_bytes() == before
     assert list(tmp_path.iterdir()) == [partial]
+
+
+def test_a_cut_off_run_goes_on_with_its_own_surrogate_alone(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(backdoors.cl, "STEPS", 1)
+    monkeypatch.setattr(train, "train_epoch", lambda *args: (1.0, 0.1) if args[6] == 0 else pytest.fail("cut off"))
+    paths = [tmp_path / "one.pt", tmp_path / "other.pt"]
+    for path, bias in zip(paths, (0, 1), strict=True):
+        state = tiny.state_dict() | {"linear.bias": torch.full((10,), float(bias))}
+        utils.save_checkpoint({"network": "resnet18", "width": 0.125, "num_classes": 10, "state_dict": state}, path)
+    words = [*TRAIN, "--attack", "cl", "--ckpt", str(tmp_path / "v.pt"), "--surrogate"]
+    with pytest.raises(pytest.fail.Exception):
+        train.main([*words, str(paths[0])])
+    with pytest.raises(InputError, match="another surrogate;"):
+        train.main([*words, str(paths[1])])
 
 
 class Learning(Trigger):

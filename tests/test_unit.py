@@ -7,6 +7,7 @@ import io
 import json
 import math
 import types
+import warnings
 from dataclasses import replace
 from unittest import mock
 
@@ -535,6 +536,8 @@ def replaced(some, i, value):
         (lambda d: replaced(d, 1, d[1][:-1]), "labels"),
         (lambda d: replaced(d, 0, d[0][0]), "N, 3, H, W"),
         (lambda d: replaced(d, 0, d[0].to(torch.int32)), "uint8"),
+        (lambda d: replaced(d, 0, d[0].permute(0, 2, 3, 1)), "training images are .*32, 3.; give"),
+        (lambda d: replaced(d, 2, d[2][..., 1:, 1:]), "for one size"),
     ],
 )
 def test_images_and_labels_that_cannot_be_are_said(tiny, some, change, said):
@@ -548,6 +551,7 @@ def test_images_and_labels_that_cannot_be_are_said(tiny, some, change, said):
         ({"n_steps": 0}, "n_steps"), ({"precision": "fp16"}, "fp32 or bf16"), ({"lr": 0.0}, "lr"),
         ({"step_images": 0}, "step_images"), ({"step_images": 10**6}, "step_images"),
         ({"micro_batch": 0}, "micro_batch"), ({"acc_degrade": math.nan}, "acc_degrade"),
+        ({"n_steps": 1.5}, "whole number"), ({"step_images": 2.0}, "whole number"), ({"lr": math.nan}, "lr"),
     ],
 )  # fmt: skip
 def test_settings_that_cannot_be_are_said(tiny, some, setting, said):
@@ -559,6 +563,11 @@ def test_networks_that_cannot_be_searched_on_are_said(tiny, some):
     one = UnitConfig(n_steps=1)
     with pytest.raises(ValueError, match="float32"):
         tighten(copy.deepcopy(tiny).half(), *some, one)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of its age
+        script = torch.jit.trace(tiny, some[0][:2])
+    with pytest.raises(ValueError, match="TorchScript"):
+        tighten(script, *some, one)
     with pytest.raises(ValueError, match="no gradient"):
         tighten(Detached(), *some, one)
     with pytest.raises(ValueError, match="no activation"):
