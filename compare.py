@@ -1,186 +1,185 @@
-"""Every defense on every victim, in one table: BA / ASR / RA.
+"""Every defense on every victim, in tables and two pictures.
 
     python compare.py                                    # run what has no record, then write the tables
+    python compare.py --jobs 8                           # eight runs side by side, each on its share of the cores
     python compare.py --no-run                           # write the tables of the records there are
     python compare.py --defenses unit,acc_degrade=0.05   # other settings too, listed among all runs
 
-A cell is a record in results/. Beside each victim stands the ceiling of RA: what the clean network of the same width
-gets on the same triggered images. The tables go into results/README.md, README.md and ckpt/README.md.
+A cell of the tables is a defense on the victims of one recipe, which differ in their seeds alone: mean and standard
+deviation over these. The figures are those of the records in results/, also of victims whose files are not here. What
+is missing is run cheapest defense first, each run a command of its own; Ctrl-C ends it, and the same command goes on.
+The tables go into results/README.md, results/runs.md, README.md and ckpt/README.md.
 """
 
 import flags  # first: it answers --help and a wrong flag before torch is imported
 
+import os
+import signal
+import statistics
 import subprocess
 import sys
 import tempfile
+import time
+from collections import deque
 from pathlib import Path
 
 import numpy as np
 
 import utils
-from support import plots, records
-from support.tables import markdown, percent, put
+from support import plots, tables
+from support.victims import all_victims, ceiling, clean_cells, grouped, panel_of
 
-# the columns of the first table, each a defense with its settings; other runs are listed below it
-COLUMNS = {"none": "no defense", "ft": "FT", "bcu": "BCU", "ulrl": "ULRL", "unit": "UNIT"}
-COLUMNS |= {"unit,step_images=250": "UNIT, 250 images a step"}
-
-
-class Victim:
-    """A checkpoint in ckpt/ that train.py made, and its records."""
-
-    def __init__(self, path, results):
-        self.path, self.sum = Path(path), utils.sha256(path)
-        self.about = {k: v for k, v in utils.load_checkpoint(path).items() if k != "state_dict"}
-        self.attack, self.folder = self.about["attack"], Path(results) / self.path.stem
-
-    def words(self, cell):
-        """Return the command that a cell, `defense[,setting=value...]`, stands for: a script and its flags."""
-        defense, *settings = cell.split(",")
-        script = ["unit.py"] if defense == "unit" else ["defend.py", "--defense", defense]
-        # what a victim is for, where that is not what the commands take it to be
-        usual = {"dataset": (None, "cifar10", "cifar10_sample"), "size": (None, 32)}
-        own = [w for k, v in usual.items() if self.about.get(k) not in v for w in (f"--{k}", str(self.about[k]))]
-        return [*script, "--attack", self.attack, *own, *(f"--{setting}" for setting in settings)]
-
-    def record(self, cell):
-        """Return the record of a cell, or None. A setting that is no flag of the command ends in exit status 2."""
-        script, *words = self.words(cell)
-        args = flags.parser(script).parse_args([*words, "--results", str(self.folder.parent)])
-        victim = {"file": self.path, "attack": self.attack}
-        return records.load(records.path_of(cell.partition(",")[0], args, victim), self.sum)
-
-    def run(self, cell, args):
-        """Run a cell as a command of its own; return None, or why it failed."""
-        script, *words = self.words(cell)
-        given = {"ckpt": self.path, "datadir": args.datadir, "device": args.device, "results": args.results}
-        if cell.partition(",")[0] != "none":
-            given["out"] = utils.CKPT / f"{self.path.stem}_{cell.replace(',', '_')}.pt"
-        with tempfile.TemporaryDirectory() as folder:
-            given |= {"outdir": folder} if script == "unit.py" else {}
-            words += [word for k, v in given.items() for word in (f"--{k}", str(v))]
-            status = subprocess.run([sys.executable, str(flags.ROOT / script), *words], check=False).returncode
-        if status:
-            return f"exit status {status}, see above"
-        return "it left no record that belongs here" if self.record(cell) is None else None
+CHEAPEST = ("none", "clp", "ulrl", "seam", "fst", "rnp", "fp", "ft", "nad", "i_bau", "unit,step_images=250", "anp")
+CHEAPEST += ("ft_sam", "bcu", "nc", "unit")
+POLL = 0.1  # seconds between two looks at the runs
+PAGES = {"README.md": ("# Figures", "averages", "grids"), "runs.md": ("# Every run", "details")}
 
 
-def all_victims(args):
-    """Return the victims that the flags mean: those of full width first, the clean networks last of each width."""
-    paths = args.victims or sorted(p for p in utils.CKPT.glob("cifar10_*.pt") if ".partial" not in p.name)
-    for path in paths:
-        if not Path(path).is_file():
-            raise flags.InputError(f"no checkpoint {path}; name files that train.py made")
-    victims = [Victim(p, args.results) for p in paths]
-    victims = [v for v in victims if v.attack is not None and not v.about["defense"]]
-    for v in victims:
-        if v.attack not in ("none", *flags.ATTACKS):
-            raise flags.InputError(f"{v.path} is of an unknown attack, {v.attack!r}; leave it out, by --victims")
-    return sorted(
-        victims, key=lambda v: (-v.about["width"], flags.ATTACKS.index(v.attack) if v.attack != "none" else 99)
-    )
+# --- what is to be run ------------------------------------------------------------------------------------------------
 
 
-def cells_of(victim, victims, defenses):
-    """Return the cells of a victim; a clean network is also measured on the others' triggers."""
-    cells = list(defenses)
-    if victim.attack == "none" and "none" in cells:
-        others = [v for v in victims if v.attack != "none" and v.about["width"] == victim.about["width"]]
-        cells += [f"none,attack={a}" for a in dict.fromkeys(v.attack for v in others)]
-    return cells
+def missing(victims, defenses):
+    """Return the [(victim, cell)] without a record, the cheapest defense first, then small networks, then by seed.
 
-
-def fill(victims, args):
-    """Run the cells that have no record; return what went wrong, a line each."""
-    failed = []
+    A clean network is also measured on the triggers of the other victims of its panel.
+    """
+    cells, groups = {}, grouped(victims)
     for victim in victims:
-        for cell in cells_of(victim, victims, args.defenses):
-            if victim.record(cell) is None:
-                print(f"--- {victim.path.stem}, {cell}", flush=True)
-                error = victim.run(cell, args)
-                if error:
-                    failed.append(f"{victim.path.stem}, {cell}: {error}")
+        own = list(defenses)
+        if victim.attack == "none" and "none" in defenses:
+            beside = [g for g in groups if g.panel == panel_of(victim.recipe)]
+            own += [cell for g in beside for cell in clean_cells(g) if can_measure(cell)]
+        for cell in own:
+            path = victim.record_path(cell)  # one run, however its settings are written
+            if path not in cells and victim.record(cell) is None:
+                cells[path] = victim, cell
+
+    def cost(job):
+        victim, cell = job
+        places = [CHEAPEST.index(name) for name in (cell, cell.partition(",")[0]) if name in CHEAPEST]
+        return (*places, len(CHEAPEST))[0], victim.recipe["width"], victim.seed or 0
+
+    return sorted(cells.values(), key=cost)
+
+
+def can_measure(cell):
+    """Return whether the file is here that holds the trigger of a cell, where that is a victim's own."""
+    _, own, stem = cell.partition("trigger_of=")
+    return not own or (utils.CKPT / f"{stem}.pt").is_file()
+
+
+def estimate(jobs, victims, side_by_side=1):
+    """Return (seconds that the jobs take, by the records of the same cells and panels; for how many there are none)."""
+    known = {}
+    for victim in victims:
+        for cell in {cell for _, cell in jobs}:
+            if record := victim.record(cell):
+                known.setdefault((panel_of(victim.recipe), cell), []).append(record["seconds"])
+    keys = [(panel_of(victim.recipe), cell) for victim, cell in jobs]
+    seconds = sum(statistics.mean(known[key]) for key in keys if key in known)
+    return seconds / side_by_side, sum(key not in known for key in keys)
+
+
+def plan(jobs, victims, side_by_side):
+    """Return the lines that say what is going to be run, and for how long."""
+    seconds, unknown = estimate(jobs, victims, side_by_side)
+    lines = [f"{len(jobs)} cells have no record and are run, {side_by_side} at a time"]
+    if len(jobs) > unknown:
+        about = f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{seconds / 60:.0f} min"
+        lines += [f"about {about} by the records of the same defense on such a network, without the measuring"]
+    if unknown:
+        lines += [f"for {unknown} of them no record says how long they take"]
+    return "; ".join(lines)
+
+
+# --- running it -------------------------------------------------------------------------------------------------------
+
+
+def command(victim, cell, args, outdir):
+    """Return the words of the command that fills a cell; what it saves stands in ckpt/, under the cell's name."""
+    script, *words = victim.words(cell)
+    given = {"ckpt": victim.path, "datadir": args.datadir, "device": args.device, "results": args.results}
+    if cell.partition(",")[0] != "none":
+        given["out"] = place(victim, cell, ".pt")
+    given |= {"outdir": outdir} if script == "unit.py" else {}
+    words += [word for k, v in given.items() for word in (f"--{k}", str(v))]
+    return [sys.executable, str(flags.ROOT / script), *words]
+
+
+def place(victim, cell, ending):
+    """Return where a run keeps its defended model, or its output."""
+    return utils.CKPT / f"{victim.stem}_{cell.replace(',', '_')}{ending}"
+
+
+def fill(jobs, args):
+    """Run the jobs, args.jobs at a time; return what went wrong, a line each. The output of a failed run is kept."""
+    env = dict(os.environ)
+    if args.jobs > 1:  # torch would give each the whole machine
+        env.setdefault("OMP_NUM_THREADS", str(max(1, cores() // args.jobs)))
+    waiting, running, failed = deque(enumerate(jobs, 1)), {}, []
+    with tempfile.TemporaryDirectory() as outdir:
+        try:
+            while waiting or running:
+                while waiting and len(running) < args.jobs:
+                    i, (victim, cell) = waiting.popleft()
+                    log = place(victim, cell, ".log")
+                    print(f"{i} of {len(jobs)}: {victim.stem}, {cell}", flush=True)
+                    with open(log, "w") as file:
+                        words = command(victim, cell, args, outdir)
+                        process = subprocess.Popen(words, stdout=file, stderr=subprocess.STDOUT, env=env)
+                    running[process] = victim, cell, log
+                for process in [p for p in running if p.poll() is not None]:
+                    victim, cell, log = running.pop(process)
+                    if error := outcome(process.returncode, victim, cell, log):
+                        failed.append(f"{victim.stem}, {cell}: {error}")
+                        print(failed[-1], flush=True)
+                time.sleep(POLL)
+        finally:
+            for process in running:  # after Ctrl-C: a record is whole or absent, and a long run goes on another time
+                process.terminate()
+            for process in running:
+                process.wait()
     return failed
 
 
-def figures(measured):
-    """Return BA / ASR / RA of a record's "after" as the tables have it."""
-    shares = [measured.get(k) for k in ("BA", "ASR", "RA")]
-    return " / ".join(percent(s) for s in (shares if shares[1] is not None else shares[:1]))
+def outcome(status, victim, cell, log):
+    """Return why a run that has ended failed, or None; then its output is removed."""
+    if status == 0 and (record := victim.record(cell)) is not None:
+        print(f"  {victim.stem}, {cell}: {tables.figures(record['after'])}, {record['seconds']:.0f} s", flush=True)
+        log.unlink(missing_ok=True)
+        return None
+    said = log.read_text(errors="replace").split("\n")
+    last = next((line.strip()[:300] for line in reversed(said) if line.strip()), "nothing")
+    why = f"exit status {status}, it said: {last}" if status else "it left no record that belongs here"
+    return f"{why} ({log})"
 
 
-def ceiling(victim, victims):
-    """Return the RA of the clean network of the same width on the victim's triggered images, or None."""
-    for v in victims:
-        if v.attack == "none" and victim.attack != "none" and v.about["width"] == victim.about["width"]:
-            record = v.record(f"none,attack={victim.attack}")
-            return record and record["after"]["RA"]
-    return None
+def cores():
+    """Return how many processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def overview(victims):
-    """Return the first table: a line per victim, BA / ASR / RA under each defense, and the ceiling of RA."""
-    rows = []
-    for victim in victims:
-        found = [victim.record(cell) for cell in COLUMNS]
-        if any(found):
-            cells = [figures(r["after"]) if r else "–" for r in found]
-            rows.append([victim.path.stem.removeprefix("cifar10_"), *cells, percent(ceiling(victim, victims))])
-    return markdown(["BA / ASR / RA in %", *COLUMNS.values(), "ceiling of RA"], rows)
-
-
-def details(victims):
-    """Return the second table: a line per record, with the target class's accuracy, seconds and machine."""
-    rows = []
-    for victim in victims:
-        for path in sorted(victim.folder.glob("*.json")):
-            r = records.load(path, victim.sum)
-            if r is None:
-                continue
-            after, note = r["after"], r.get("findings", {}).get("outcome", "")
-            chosen = f"step {r['best_step'] + 1} of {r['steps']}" if "steps" in r else note
-            seconds = f"{r['seconds']:.0f}" if r["seconds"] else "–"
-            rows.append([
-                victim.path.stem.removeprefix("cifar10_"), path.stem, figures(after), percent(after["target_accuracy"]),
-                chosen, seconds, r["machine"]["threads"], r["commit"],
-            ])  # fmt: skip
-    header = ["victim", "run", "BA / ASR / RA in %", "target class %", "", "seconds", "threads", "commit"]
-    return markdown(header, rows)
-
-
-def victim_table(victims):
-    """Return the table of the victims: what they are, their figures, what made them."""
-    rows = []
-    for v in victims:
-        a = v.about
-        label = "clean" if v.attack == "none" else "clean-label" if a["clean_label"] else "dirty-label"
-        poison = label if v.attack == "none" else f"{label}, {100 * a['poison_rate']:g} %, {a.get('sampling') or '–'}"
-        rows.append([
-            f"`{v.path.name}`", f"{a['width']:g}", poison, a["epochs"], figures(a), percent(a.get("target_accuracy")),
-            f"{a['seconds']:.0f}", a.get("commit") or "–", f"`{v.sum[:16]}`",
-        ])  # fmt: skip
-    header = ["file", "width", "poison", "epochs", "BA / ASR / RA in %", "target class %", "seconds", "commit"]
-    return markdown([*header, "sha256"], rows)
+# --- pages and pictures -----------------------------------------------------------------------------------------------
 
 
 def write_tables(victims, args):
-    """Write the tables and the picture of the records that there are."""
-    page = Path(args.results) / "README.md"
-    if not page.exists():
-        utils.write_whole(page, lambda p: p.write_text(EMPTY_PAGE))
-    put(page, "overview", overview(victims))
-    put(page, "details", details(victims))
-    if Path(args.results).resolve() == flags.RESULTS and not args.victims:
-        put(flags.ROOT / "README.md", "overview", overview(victims))
-        put(utils.CKPT / "README.md", "victims", victim_table(victims))
-    compared = [
-        {"victim": v.path.stem, "defense": name, **r["after"]}
-        for v in victims
-        for c, name in COLUMNS.items()
-        if (r := v.record(c))
-    ]
-    pictures = Path(args.results) / "pictures"
-    plots.draw_compared(compared, pictures / "compare.png")
+    """Write the tables of the records that there are."""
+    groups, results = grouped(victims), Path(args.results)
+    made = {"averages": tables.averages, "grids": tables.grids}
+    for name, (title, *marks) in PAGES.items():
+        page = results / name
+        if not page.exists():
+            places = "".join(f"\n{tables.BEGIN.format(mark)}\n{tables.END}\n" for mark in marks)
+            utils.write_whole(page, lambda p, text=f"{title}\n{places}": p.write_text(text))
+        for mark in marks:
+            tables.put(page, mark, made[mark](groups) if mark in made else tables.details(victims))
+    if results.resolve() == flags.RESULTS:
+        tables.put(flags.ROOT / "README.md", "overview", tables.overview(groups))
+        tables.put(utils.CKPT / "README.md", "victims", tables.victim_table(victims))
+
+
+def draw_searches(victims, folder):
+    """Draw how the searches of UNIT went whose trajectories lie beside their records."""
     for v in victims:
         r, path = v.record("unit"), v.folder / "unit.npz"
         if r and path.exists():
@@ -189,7 +188,45 @@ def write_tables(victims, args):
                 history = dict(np.load(path))
             except (OSError, ValueError):
                 raise flags.InputError(f"{path} is no trajectory of a search; delete it") from None
-            plots.draw_history(history, r["best_step"], limit, pictures / f"search_{v.path.stem}.png")
+            plots.draw_history(history, r["best_step"], limit, folder / f"search_{v.stem}.png")
+
+
+def draw(groups, folder):
+    """Draw RA under every attack and defense, of a single panel ASR too, and what each defense costs and wins."""
+    shown, points = {}, {}
+    for panel, of_panel in tables.panels(groups).items():
+        attacked = [g for g in of_panel if g.attack != "none"]
+        for cell, name in tables.NAMES.items():
+            pairs = [pair for g in attacked for pair in gains(g, cell)]
+            if pairs and cell != "none":
+                lost, won = (statistics.mean(side) for side in zip(*pairs, strict=True))
+                points.setdefault(panel, {})[name] = lost, won, len(pairs)
+        if any(g.values(cell, "RA") for g in attacked for cell in tables.NAMES if cell != "none"):
+            shown[panel] = attacked
+    drawn = [g for attacked in shown.values() for g in attacked]
+    columns = {c: name for c, name in tables.NAMES.items() if any(g.values(c, "RA") for g in drawn)}
+    if any(ceiling(g, groups) for g in drawn):
+        columns["ceiling"] = "ceiling"
+
+    def row(group, key):
+        best = ceiling(group, groups) if key == "RA" else []
+        found = [best if cell == "ceiling" else group.values(cell, key) for cell in columns]
+        return [statistics.mean(values) if values else None for values in found]
+
+    maps = [
+        (f"{panel}: {key} %", [g.name for g in attacked], [row(g, key) for g in attacked], key == "ASR")
+        for panel, attacked in shown.items()
+        for key in (("RA", "ASR") if len(shown) == 1 else ("RA",))
+    ]
+    plots.draw_heatmap(list(columns.values()), maps, folder / "heatmap.png")
+    plots.draw_tradeoff(points, folder / "tradeoff.png")
+
+
+def gains(group, cell):
+    """Return (BA lost, RA won) against no defense, of each victim of a group that has both records."""
+    found = zip(group.records("none"), group.records(cell), strict=True)
+    pairs = [(a["after"], b["after"]) for a, b in found if a and b]
+    return [(a["BA"] - b["BA"], b["RA"] - a["RA"]) for a, b in pairs if a["RA"] is not None and b["RA"] is not None]
 
 
 def main(argv=None):
@@ -199,22 +236,36 @@ def main(argv=None):
         known = ("none", *flags.DEFENSES, "unit")
         if cell.partition(",")[0] not in known or not all("=" in s for s in cell.split(",")[1:]):
             raise flags.InputError(f"no column {cell!r}; write one of {', '.join(known)}, then ,setting=value")
-    victims = all_victims(args)
+    for path in args.victims or ():
+        if not Path(path).is_file():
+            raise flags.InputError(f"no checkpoint {path}; name files that train.py made")
+    victims = all_victims(args.results, args.victims or ())
     if not victims:
         raise flags.InputError("there is nothing to compare; train a victim first: python train.py --attack badnet")
-    for cell in args.defenses:
-        victims[0].record(cell)  # a setting that is no flag is known before anything runs,
+    jobs = missing(victims, args.defenses)  # a setting that is no flag is known before anything runs,
     write_tables(victims, args)  # and so is a page without a place for a table
-    failed = fill(victims, args) if args.run else []
-    write_tables(victims, args)
-    print(overview(victims))
+    if args.victims:
+        named = {Path(p).resolve() for p in args.victims}
+        jobs = [(v, cell) for v, cell in jobs if v.path and v.path.resolve() in named]
+    failed, away = [], [v.stem for v, _ in jobs if v.path is None]
+    jobs = [(v, cell) for v, cell in jobs if v.path]
+    if args.run and away:
+        names = ", ".join(dict.fromkeys(away))
+        print(f"{len(away)} cells cannot be run for want of the victims' files in ckpt/: {names}")
+    try:
+        if args.run and jobs:
+            print(plan(jobs, victims, args.jobs), flush=True)
+            failed = fill(jobs, args)
+    finally:
+        write_tables(victims, args)
+        draw(grouped(victims), Path(args.results) / "pictures")
+        draw_searches(victims, Path(args.results) / "pictures")
+    print(tables.averages(grouped(victims)))
     if failed:
         print("\n".join(["failed:", *failed]), file=sys.stderr)
         sys.exit(1)
 
 
-EMPTY_PAGE = "# Figures\n\n<!-- begin: overview -->\n<!-- end -->\n\n<!-- begin: details -->\n<!-- end -->\n"
-
-
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the runs end with this one
     flags.run(main)

@@ -126,7 +126,7 @@ def defend(args, config, device, dtype):
     out = Path(args.out or utils.checkpoint_path(*names, f"_{args.defense}"))
     if out.resolve() == path.resolve():
         raise InputError(f"--out is the victim {path} itself; give another place")
-    victim = {"file": path.name, "sha256": utils.sha256(path), "attack": checkpoint["attack"]}
+    victim = records.victim_of(path, checkpoint)
     record_at = records.path_of(args.defense, args, victim)
     for place in (out, record_at):
         utils.check_place(place)

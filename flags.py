@@ -35,7 +35,7 @@ NORMALIZATIONS = {
     "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
 }
 # the baselines that repair a victim, the keys of defenses.DEFENSES
-DEFENSES = ("ft", "bcu", "ulrl", "nad", "seam", "i_bau", "ft_sam", "fst", "clp", "fp", "anp", "rnp", "nc")
+DEFENSES = ("ft", "fp", "nad", "anp", "seam", "nc", "i_bau", "ft_sam", "clp", "rnp", "fst", "bcu", "ulrl")
 ATTACKS = ("badnet", "wanet", "reflection", "blended", "adaptive_blend", "blend", "cl", "composite", "dfst")
 ATTACKS += ("dynamic", "filter", "input_aware", "invisible", "lira", "patch", "sig", "trojnn")
 
@@ -294,11 +294,12 @@ def _detect(p):
 
 def _compare(p):
     p.add_argument("--datadir", default=str(ROOT / "data"), help="folder of the data sets")
-    p.add_argument("--victims", nargs="*", help="checkpoints (default: all victims in ckpt/)")
+    p.add_argument("--victims", nargs="*", help="checkpoints to run defenses on (default: all victims in ckpt/)")
     p.add_argument(
         "--defenses", nargs="*", default=("none", *DEFENSES, "unit", "unit,step_images=250"),
-        help="columns to fill; settings after commas, as in unit,acc_degrade=0.05",
+        help="defenses to run; settings after commas, as in unit,acc_degrade=0.05",
     )  # fmt: skip
+    p.add_argument("--jobs", default=1, type=COUNT, help="runs side by side, each on its share of the cores")
     p.add_argument("--run", default=True, action=argparse.BooleanOptionalAction, help="run what has no record")
     p.add_argument("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"), help="where to compute")
     _results(p)

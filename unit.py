@@ -298,7 +298,7 @@ def main(argv=None):
         precision="fp32" if dtype == torch.float32 else "bf16",
     )
     inputs.check_search(path, model, config, images)
-    victim = {"file": path.name, "sha256": utils.sha256(path), "attack": checkpoint["attack"]}
+    victim = records.victim_of(path, checkpoint)
     settings = {k: getattr(args, k) for k in ("dataset", "size", "data_rate", "draw")} | {"flip": inputs.flips(args)}
     settings |= asdict(config) | inputs.origin(path, checkpoint, *images)
     partial = Partial(out, settings, device, args.resume)

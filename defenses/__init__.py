@@ -18,5 +18,5 @@ dbd.py repairs no victim: it trains on the poisoned images, by its own train().
 
 from . import anp, bcu, clp, finetune, fp, fst, ft_sam, i_bau, nad, nc, rnp, seam, ulrl
 
-DEFENSES = {"ft": finetune, "bcu": bcu, "ulrl": ulrl, "nad": nad, "seam": seam, "i_bau": i_bau, "ft_sam": ft_sam}
-DEFENSES |= {"fst": fst, "clp": clp, "fp": fp, "anp": anp, "rnp": rnp, "nc": nc}
+DEFENSES = {"ft": finetune, "fp": fp, "nad": nad, "anp": anp, "seam": seam, "nc": nc, "i_bau": i_bau, "ft_sam": ft_sam}
+DEFENSES |= {"clp": clp, "rnp": rnp, "fst": fst, "bcu": bcu, "ulrl": ulrl}

@@ -1,7 +1,9 @@
 """The pictures: what a trigger looks like, how a search for bounds went, how defenses compare."""
 
+import numpy as np
 import torch
 from matplotlib.figure import Figure  # not pyplot: whoever imports this keeps their own backend
+from matplotlib.transforms import Bbox
 
 import data
 import utils
@@ -139,33 +141,76 @@ def draw_moved(neurons, path):
     utils.write_whole(path, lambda p: fig.savefig(p, format="png", dpi=110))
 
 
-def draw_compared(rows, path):
-    """Write the scatter of BA against RA, a panel per victim, a color per defense.
+def draw_heatmap(columns, maps, path):
+    """Write the picture of attacks against defenses, a panel for each of `maps`, one below the other.
 
-    rows: dictionaries with victim, defense, BA and RA; those whose RA is None are left out, and without any other no
-    picture is written.
+    columns: names of the defenses; maps: [(title, names of the rows, rows of a share in [0, 1] or None per column, low
+    is good)]; without any no picture is written.
     """
-    rows = [r for r in rows if r["RA"] is not None]
-    if not rows:
+    if not maps:
         return
-    colors = {d: f"C{i}" for i, d in enumerate(dict.fromkeys(r["defense"] for r in rows))}
-    victims = list(dict.fromkeys(r["victim"] for r in rows))
-    columns = min(3, len(victims))
-    lines = -(-len(victims) // columns)
-    fig = Figure(figsize=(3.4 * columns, 3.0 * lines + 0.5), layout="constrained")
-    axes = fig.subplots(lines, columns, squeeze=False)
-    for axis in axes.flat[len(victims) :]:
-        axis.axis("off")
-    for axis, victim in zip(axes.flat, victims, strict=False):
-        for r in rows:
-            if r["victim"] == victim:
-                axis.plot(100 * r["RA"], 100 * r["BA"], "o", ms=8, alpha=0.8, color=colors[r["defense"]])
-        axis.set_title(victim.removeprefix("cifar10_"), fontsize=10)
-        axis.set_xlim(-4, 104)
+    inches = [1.1 + 0.28 * len(rows) for _, rows, *_ in maps]
+    fig = Figure(figsize=(min(9, 2 + 0.5 * len(columns)), sum(inches)), layout="constrained")
+    axes = fig.subplots(len(maps), 1, squeeze=False, height_ratios=inches)[:, 0]
+    for axis, (title, rows, values, low) in zip(axes, maps, strict=True):
+        shares = np.array([[np.nan if v is None else v for v in row] for row in values], float)
+        axis.imshow(shares, vmin=0, vmax=1, cmap="viridis_r" if low else "viridis", aspect="auto")
+        axis.set_title(title, fontsize=10, loc="left", fontweight="bold")
+        axis.set_xticks(range(len(columns)), columns, rotation=40, ha="left", rotation_mode="anchor", fontsize=9)
+        axis.xaxis.tick_top()
+        axis.set_yticks(range(len(rows)), rows, fontsize=9)
+        axis.tick_params(length=0)
+        for (y, x), share in np.ndenumerate(shares):
+            dark = (1 - share if low else share) < 0.6  # of nothing it is not: black on white
+            text = "–" if np.isnan(share) else f"{100 * share:.0f}"
+            axis.text(x, y, text, ha="center", va="center", fontsize=9, color="white" if dark else "black")
+    utils.write_whole(path, lambda p: fig.savefig(p, format="png", dpi=200))
+
+
+def draw_tradeoff(panels, path):
+    """Write the scatter of what defenses cost and win, a panel beside the other; without any, no picture is written.
+
+    panels: {title: {defense: (BA lost, RA won, number of victims)}}, shares in [-1, 1], means over the victims.
+    """
+    if not panels:
+        return
+    fig = Figure(figsize=(max(6, 4.5 * len(panels)), 5), layout="constrained")
+    axes = fig.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+    for axis, (title, points) in zip(axes, panels.items(), strict=True):
+        axis.plot(*([100 * p[i] for p in points.values()] for i in (0, 1)), "o", ms=6)
+        axis.set_title(title, fontsize=10)
+        axis.margins(0.18, 0.1)
         axis.grid(alpha=0.3)
-    for name, color in colors.items():
-        axes[0, 0].plot([], [], "o", color=color, label=name)
-    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=len(colors), fontsize=9)
-    fig.supxlabel("RA %: triggered images classified correctly")
-    fig.supylabel("BA %: clean images")
-    utils.write_whole(path, lambda p: fig.savefig(p, format="png", dpi=110))
+    fig.supxlabel("BA lost, percentage points", fontsize=10)
+    fig.supylabel("RA won, percentage points", fontsize=10)
+    fig.draw_without_rendering()  # places are known from here on
+    fig.set_layout_engine("none")
+    for axis, points in zip(axes, panels.values(), strict=True):
+        places = [(100 * lost, 100 * won) for lost, won, _ in points.values()]
+        labels = [f"{name} ({n})" for name, (*_, n) in points.items()]
+        _label(axis, places, labels)
+    utils.write_whole(path, lambda p: fig.savefig(p, format="png", dpi=200))
+
+
+def _label(axis, places, labels):
+    """Write each label near its place, as near as it comes without covering another label or place."""
+    scale = axis.figure.dpi / 72  # pixels per point
+    near, points, frame = 4 * scale, axis.transData.transform(places), axis.get_window_extent()
+    taken = [Bbox.from_bounds(x - near, y - near, 2 * near, 2 * near) for x, y in points]
+    around = [(r * np.cos(t), r * np.sin(t)) for r in range(8, 300, 4) for t in np.arange(0, 2 * np.pi, np.pi / 12)]
+    for place, (x, y), label in zip(places, points, labels, strict=True):
+        style = {"va": "center", "fontsize": 8}
+        measured = axis.text(*place, label, **style)
+        size = measured.get_window_extent()
+        measured.remove()
+        for dx, dy in around:
+            ha, side = ("left", 0) if dx > 1 else ("right", 1) if dx < -1 else ("center", 0.5)
+            left, low = x + dx * scale - side * size.width, y + dy * scale - size.height / 2
+            box = Bbox.from_bounds(left, low, size.width, size.height)
+            inside = all(frame.contains(*corner) for corner in (box.min, box.max))
+            if inside and not any(box.overlaps(other) for other in taken):
+                if np.hypot(dx, dy) > 12:  # too far to be taken for its own without a line
+                    style["arrowprops"] = {"arrowstyle": "-", "lw": 0.5, "color": "gray", "relpos": (side, 0.5)}
+                axis.annotate(label, place, (dx, dy), textcoords="offset points", ha=ha, **style)
+                taken.append(box)
+                break

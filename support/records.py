@@ -29,6 +29,26 @@ PLACES = {
 # flags that have no place in a record's name
 FREE = PLACES | {"network", "attack", "width", "device", "batch_size", "micro_batch", "phase", "resume", "overwrite"}
 FREE |= {"defense", "precision", "max_minutes"}
+# what a victim's training was, but for its seed; the first four say what is defended, and on which images
+RECIPE = ("dataset", "size", "network", "width", "attack", "target", "epochs", "lr", "weight_decay", "batch_size")
+RECIPE += ("poison_rate", "sampling", "trigger_width", "flip", "mean", "std")
+
+
+def victim_of(path, checkpoint):
+    """Return what a record says of its victim: {"file", "sha256", "attack", "seed", "recipe"}.
+
+    With seed and recipe the record counts in the tables also where the file is not there. Victims of one recipe differ
+    in their seeds alone; recipe: None for a file that does not say its attack. checkpoint: as utils.load_checkpoint.
+    """
+    victim = {"file": path.name, "sha256": utils.sha256(path), "attack": checkpoint["attack"]}
+    recipe = None
+    if checkpoint["attack"] is not None:
+        recipe = {k: checkpoint.get(k) for k in RECIPE}
+        recipe |= {k: utils.file_tag(recipe[k] or "cifar10") for k in ("dataset", "attack")}
+        usual = {"size": 32, "flip": True}  # of files that were written before these were settings
+        recipe |= {k: v for k, v in usual.items() if recipe[k] is None}
+        recipe |= {k: list(recipe[k]) for k in ("mean", "std") if recipe[k] is not None}
+    return victim | {"seed": checkpoint.get("seed"), "recipe": recipe}
 
 
 def path_of(defense, args, victim):
@@ -56,8 +76,8 @@ def _settings(args):
 def save(path, defense, args, config, victim, device, figures, trajectory=None):
     """Write the record of a run to `path`, and its trajectory beside it.
 
-    args: the command's flags; config: the method's constants, a dataclass; victim: {"file", "sha256", "attack"};
-    figures: plain values; trajectory: {figure: [one value per step]}.
+    args: the command's flags; config: the method's constants, a dataclass; victim: see victim_of(); figures: plain
+    values; trajectory: {figure: [one value per step]}.
     """
     record = {
         "defense": defense,
@@ -78,20 +98,25 @@ def _savez(path, values):
         np.savez_compressed(file, **values)
 
 
+def read(path):
+    """Return the record at `path`, of whatever victim. Raises InputError for a file that is no record."""
+    try:
+        record = json.loads(path.read_text())
+        record["victim"]["sha256"], record.get("interrupted"), record["victim"].get("recipe")
+        numbers = [record["seconds"], *(record["after"][k] or 0 for k in ("BA", "ASR", "RA", "target_accuracy"))]
+        sum(numbers), record["machine"]["threads"], record["commit"], record.get("findings", {}).get("outcome")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise flags.InputError(f"{path} is no record of a run; move it elsewhere") from None
+    return record
+
+
 def load(path, victim_sum):
     """Return the record at `path`; None where there is none, or it is of other weights or of a run that was cut off.
 
     victim_sum: SHA-256 of the victim's file. Raises InputError for a file that is no record.
     """
     path = Path(path)
-    if not path.exists():
+    record = read(path) if path.exists() else None
+    if record is None or record.get("interrupted"):
         return None
-    try:
-        record = json.loads(path.read_text())
-        same = record["victim"]["sha256"] in (victim_sum, None)  # None: DBD has no victim
-        whole = same and not record.get("interrupted")
-        numbers = [record["seconds"], *(record["after"][k] or 0 for k in ("BA", "ASR", "RA", "target_accuracy"))]
-        sum(numbers), record["machine"]["threads"], record["commit"], record.get("findings", {}).get("outcome")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise flags.InputError(f"{path} is no record of a run; move it elsewhere") from None
-    return record if whole else None
+    return record if record["victim"]["sha256"] in (victim_sum, None) else None  # None: DBD has no victim

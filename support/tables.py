@@ -1,10 +1,20 @@
-"""Tables in Markdown, and how they get into a page: between two marks, so that no figure is typed by hand."""
+"""The tables, in Markdown, and how they get into a page: between two marks, so that no figure is typed by hand."""
 
-from flags import InputError
+from flags import DEFENSES, InputError
 
-from utils import write_whole
+import statistics
+
+from utils import checkpoint_path, write_whole
+
+from . import records
+from .victims import ceiling
 
 BEGIN, END = "<!-- begin: {} -->", "<!-- end -->"
+# the lines of the tables, each a defense with its settings; other runs stand among all runs alone
+NAMES = {"none": "no defense"} | {d: d.upper().replace("_", "-") for d in (*DEFENSES, "unit")}
+NAMES |= {"unit,step_images=250": "UNIT 250"}
+FRONT = ("none", "ft", "bcu", "ulrl", "unit", "unit,step_images=250")  # of the front page's table
+BAND = 9  # columns of attacks that fit beside each other
 
 
 def percent(share):
@@ -34,3 +44,136 @@ def put(path, name, table):
     before, _, rest = text.partition(begin)
     new = f"{before}{begin}\n{table}\n{END}{rest.partition(END)[2]}"
     write_whole(path, lambda p: p.write_text(new))
+
+
+# --- what stands in the tables ----------------------------------------------------------------------------------------
+
+
+def spread(shares, digits=1):
+    """Return the mean of shares in [0, 1], in %, with the standard deviation (n - 1) where there are several."""
+    if not shares:
+        return "–"
+    mean = f"{100 * statistics.mean(shares):.{digits}f}"
+    return mean if len(shares) == 1 else f"{mean} ± {100 * statistics.stdev(shares):.{digits}f}"
+
+
+def mean_of_means(groups, cell, key):
+    """Return (mean of a figure over the attacked groups that have it, each group's own mean; how many these are)."""
+    means = [statistics.mean(v) for g in groups if g.attack != "none" and (v := g.values(cell, key))]
+    return (statistics.mean(means) if means else None), len(means)
+
+
+def panels(groups, cells=NAMES):
+    """Return {panel: its groups}, of the groups that have a record of one of the cells."""
+    found = {}
+    for group in groups:
+        if any(group.values(cell, "BA") for cell in cells):
+            found.setdefault(group.panel, []).append(group)
+    return found
+
+
+def overview(groups):
+    """Return the front page's table, full width alone: BA / ASR / RA under few defenses, and the ceiling of RA."""
+    wide = [g for g in groups if g.recipe["width"] == 1]
+    rows = []
+    for group in (g for of_panel in panels(wide, FRONT).values() for g in of_panel):
+        keys = ("BA",) if group.attack == "none" else ("BA", "ASR", "RA")
+        found = {cell: [group.values(cell, key) for key in keys] for cell in FRONT}
+        cells = [" / ".join(spread(v, 2) for v in values) if values[0] else "–" for values in found.values()]
+        n = f" (n = {len(group.victims)})" if len(group.victims) > 1 else ""
+        rows.append([f"{group.panel}_{group.name}{n}", *cells, spread(ceiling(group, groups), 2)])
+    if sum(g.attack != "none" for g in wide) > 1:
+        foot = []
+        for cell in FRONT:
+            means = [mean_of_means(wide, cell, key) for key in ("BA", "ASR", "RA")]
+            foot.append(f"{' / '.join(percent(m) for m, _ in means)} ({means[0][1]})" if means[0][1] else "–")
+        rows.append(["mean over attacks (how many)", *foot, ""])
+    return markdown(["BA / ASR / RA in %", *(NAMES[cell] for cell in FRONT), "ceiling of RA"], rows)
+
+
+def averages(groups):
+    """Return a table for each panel: a line per defense, the means over the attacks that it has a record for."""
+    parts = []
+    for panel, of_panel in panels(groups).items():
+        rows = []
+        for cell, name in NAMES.items():
+            (ba, n), (asr, _), (ra, _) = (mean_of_means(of_panel, cell, key) for key in ("BA", "ASR", "RA"))
+            if n:
+                rows.append([name, *(f"{100 * s:.1f}" if s is not None else "–" for s in (ba, asr, ra)), n])
+        if rows:
+            parts.append(markdown([panel, "BA %", "ASR %", "RA %", "attacks"], rows))
+    return "\n\n".join(parts)
+
+
+def grids(groups):
+    """Return, for each panel, tables of RA, ASR and BA: a line per defense, a column per attack, their mean last."""
+    parts = []
+    for panel, of_panel in panels(groups).items():
+        for key in ("RA", "ASR", "BA"):
+            columns = [g for g in of_panel if key == "BA" or g.attack != "none"]
+            bands = [columns[i : i + BAND] for i in range(0, len(columns), BAND)]
+            parts += [_grid(f"{panel}: {key} %", key, band, columns, band is bands[-1], groups) for band in bands]
+    return "\n\n".join(parts)
+
+
+def _grid(title, key, band, columns, last, groups):
+    """Return one table of grids(): the groups in `band`; the mean is over all `columns`, and stands in the `last`."""
+    counts = [len(g.victims) for g in band]
+    heads = [f"{g.name} (n = {n})" if n > 1 else g.name for g, n in zip(band, counts, strict=True)]
+    rows = []
+    for cell, name in NAMES.items():
+        mean, n = mean_of_means(columns, cell, key)
+        found = [g.values(cell, key) for g in band]
+        if n == 0 and not any(found):
+            continue
+        cells = [spread(v) + (f" ({len(v)})" if 0 < len(v) < m else "") for v, m in zip(found, counts, strict=True)]
+        whole = sum(g.attack != "none" for g in columns)
+        of = f" ({n})" if n < whole else ""
+        rows.append([name, *cells, *([f"{100 * mean:.1f}{of}" if n else "–"] * last)])
+    best = [ceiling(g, groups) if key == "RA" else [] for g in band]
+    if any(best):
+        rows.append(["ceiling of RA", *map(spread, best), *([""] * last)])
+    return markdown([title, *heads, *(["mean"] * last)], rows)
+
+
+def figures(measured):
+    """Return BA / ASR / RA of a record's "after", or of a victim's file, in %."""
+    shares = [measured.get(k) for k in ("BA", "ASR", "RA")]
+    return " / ".join(percent(s) for s in (shares if shares[1] is not None else shares[:1]))
+
+
+def details(victims):
+    """Return the table of all runs: a line per record, with the target class's accuracy, seconds and threads."""
+    rows = []
+    for victim in victims:
+        for path in sorted(victim.folder.glob("*.json")):
+            r = records.load(path, victim.sum)
+            if r is None:
+                continue
+            after, note = r["after"], r.get("findings", {}).get("outcome", "")
+            chosen = f"step {r['best_step'] + 1} of {r['steps']}" if "steps" in r else note
+            seconds = f"{r['seconds']:.0f}" if r["seconds"] else "–"
+            rows.append([
+                victim.stem.removeprefix("cifar10_"), path.stem, figures(after), percent(after["target_accuracy"]),
+                chosen, seconds, r["machine"]["threads"], r["commit"],
+            ])  # fmt: skip
+    header = ["victim", "run", "BA / ASR / RA in %", "target class %", "", "seconds", "threads", "commit"]
+    return markdown(header, rows)
+
+
+def victim_table(victims):
+    """Return the table of the victims that have the name train.py gives: what they are, their figures, their making."""
+    rows = []
+    for v in victims:
+        a = v.about
+        usual = v.path and checkpoint_path(v.recipe["dataset"], a["network"], v.attack, a["width"]).name
+        if v.path is None or v.path.name != usual:
+            continue
+        label = "clean" if v.attack == "none" else "clean-label" if a["clean_label"] else "dirty-label"
+        poison = label if v.attack == "none" else f"{label}, {100 * a['poison_rate']:g} %, {a.get('sampling') or '–'}"
+        rows.append([
+            f"`{v.path.name}`", f"{a['width']:g}", poison, a["epochs"], figures(a), percent(a.get("target_accuracy")),
+            f"{a['seconds']:.0f}", a.get("commit") or "–", f"`{v.sum[:16]}`",
+        ])  # fmt: skip
+    header = ["file", "width", "poison", "epochs", "BA / ASR / RA in %", "target class %", "seconds", "commit"]
+    return markdown([*header, "sha256"], rows)

@@ -18,6 +18,7 @@ import evaluate
 import train
 import unit
 import utils
+from support import records
 from tests.running import SMALL, TORCHRUN, TRAIN, command, run_defend, run_unit
 
 pytestmark = pytest.mark.usefixtures("few_test_images")
@@ -103,7 +104,8 @@ def test_unit_saves_what_it_measured(victim_file, tmp_path, capsys):
     assert record["settings"]["n_sigma"] == 4.0
     assert (record["n_train"], record["n_valid"], record["steps"]) == (80, 20, 11)
     assert record["settings"]["micro_batch"] == 100
-    assert record["victim"] == {"file": "victim.pt", "sha256": utils.sha256(victim_file), "attack": "badnet"}
+    assert record["victim"] == records.victim_of(victim_file, utils.load_checkpoint(victim_file))
+    assert (record["victim"]["file"], record["victim"]["sha256"]) == ("victim.pt", utils.sha256(victim_file))
     assert 0.1 < record["peak_GiB"] < 24
     assert not record["interrupted"]
     assert (tmp_path / "unit_badnet.png").exists()

@@ -20,6 +20,7 @@ import utils
 from defenses import DEFENSES, bcu, finetune, ulrl
 from defenses.common import train_epoch
 from evaluate import main as evaluate_main
+from support import records
 from tests.running import SMALL, run_defend
 
 pytestmark = pytest.mark.usefixtures("few_test_images")
@@ -395,7 +396,8 @@ def test_the_command_saves_what_it_measured(victim_file, tmp_path, capsys, name,
     assert (record["data"], record["labels"]) == (100, name != "bcu")
     n_target = (data.load_dataset("cifar10_sample", None, train=False)[1] == 0).sum()
     assert [record["before"][n] for n in ("n_clean", "n_triggered", "n_target")] == [500, 500 - n_target, n_target]
-    assert record["victim"] == {"file": "victim.pt", "sha256": utils.sha256(victim_file), "attack": "badnet"}
+    assert record["victim"] == records.victim_of(victim_file, utils.load_checkpoint(victim_file))
+    assert (record["victim"]["file"], record["victim"]["sha256"]) == ("victim.pt", utils.sha256(victim_file))
     out = capsys.readouterr().out
     assert f"after   BA {100 * record['after']['BA']:.2f} %  ASR {100 * record['after']['ASR']:.2f} %  RA" in out
     evaluate_main([*SMALL, "--ckpt", str(tmp_path / "d.pt"), "--outdir", str(tmp_path)])
