@@ -270,7 +270,7 @@ def test_a_step_leaves_the_gradient_of_the_mean_loss(n):
 def test_it_learns(tmp_path):
     """A few epochs on the sample beat chance by far, on training labels and on test images."""
     out = tmp_path / "v.pt"
-    flags = ["--dataset", "cifar10_sample", "--width", "0.125", "--epochs", "12", "--batch_size", "25"]
+    flags = ["--dataset", "cifar10_sample", "--width", "0.0625", "--epochs", "12", "--batch_size", "25"]
     train.main([*flags, "--attack", "badnet", "--lr", "0.05", "--ckpt", str(out)])
     history = torch.load(out, weights_only=True)["history"]
     assert history[-1]["accuracy"] > 0.3

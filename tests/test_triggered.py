@@ -163,7 +163,7 @@ def test_triggered_images_by_hand():
     some = coded([3, 1, 3, 5, 3, 3]), torch.tensor([0, 1, 3, 3, 5, 9])
     r = evaluate.evaluate(Code(), clean, labels, None, 3, 4, triggered=some)
     assert r == evaluate.Measured(0.75, 0.75, 0.25, None, 4, 4, 0)
-    with pytest.raises(ValueError, match="leave one"):
+    with pytest.raises(ValueError, match="not both"):
         evaluate.evaluate(Code(), clean, labels, nn.Identity(), 3, triggered=some)
     with pytest.raises(InputError, match="target class 3"):
         evaluate.evaluate(Code(), clean, labels, None, 3, triggered=(some[0][2:3], some[1][2:3]))
