@@ -8,7 +8,7 @@
 A cell of the tables is a defense on the victims of one recipe, which differ in their seeds alone: mean and standard
 deviation over these. The figures are those of the records in results/, also of victims whose files are not here. What
 is missing is run cheapest defense first, each run a command of its own; Ctrl-C ends it, and the same command goes on.
-The tables go into results/README.md, results/runs.md, README.md and ckpt/README.md.
+The tables go into the pages of results/, README.md and ckpt/README.md.
 """
 
 import flags  # first: it answers --help and a wrong flag before torch is imported
@@ -32,7 +32,8 @@ from support.victims import all_victims, ceiling, clean_cells, grouped, panel_of
 CHEAPEST = ("none", "clp", "ulrl", "seam", "fst", "rnp", "fp", "ft", "nad", "i_bau", "unit,step_images=250", "anp")
 CHEAPEST += ("ft_sam", "bcu", "nc", "unit")
 POLL = 0.1  # seconds between two looks at the runs
-PAGES = {"README.md": ("# Figures", "averages", "grids"), "runs.md": ("# Every run", "details")}
+PAGES = {"README.md": ("# Figures", "averages"), "attacks.md": ("# Attack by attack", "grids")}
+PAGES |= {"runs.md": ("# Every run", "details")}
 
 
 # --- what is to be run ------------------------------------------------------------------------------------------------
@@ -165,14 +166,13 @@ def cores():
 def write_tables(victims, args):
     """Write the tables of the records that there are."""
     groups, results = grouped(victims), Path(args.results)
-    made = {"averages": tables.averages, "grids": tables.grids}
-    for name, (title, *marks) in PAGES.items():
+    made = {"averages": tables.averages(groups), "grids": tables.grids(groups), "details": tables.details(victims)}
+    for name, (title, mark) in PAGES.items():
         page = results / name
         if not page.exists():
-            places = "".join(f"\n{tables.BEGIN.format(mark)}\n{tables.END}\n" for mark in marks)
-            utils.write_whole(page, lambda p, text=f"{title}\n{places}": p.write_text(text))
-        for mark in marks:
-            tables.put(page, mark, made[mark](groups) if mark in made else tables.details(victims))
+            text = f"{title}\n\n{tables.BEGIN.format(mark)}\n{tables.END}\n"
+            utils.write_whole(page, lambda p, text=text: p.write_text(text))
+        tables.put(page, mark, made[mark])
     if results.resolve() == flags.RESULTS:
         tables.put(flags.ROOT / "README.md", "overview", tables.overview(groups))
         tables.put(utils.CKPT / "README.md", "victims", tables.victim_table(victims))

@@ -157,7 +157,7 @@ def details(victims):
                 victim.stem.removeprefix("cifar10_"), path.stem, figures(after), percent(after["target_accuracy"]),
                 chosen, seconds, r["machine"]["threads"], r["commit"],
             ])  # fmt: skip
-    header = ["victim", "run", "BA / ASR / RA in %", "target class %", "", "seconds", "threads", "commit"]
+    header = ["victim", "run", "BA / ASR / RA in %", "target class %", "outcome", "seconds", "threads", "commit"]
     return markdown(header, rows)
 
 

@@ -393,9 +393,9 @@ def two_seeds(house):
 def test_the_tables_have_means_over_seeds_and_attacks(house, capsys):
     two_seeds(house)
     house.compare("--no-run")
-    page = (house.results / "README.md").read_text()
     averages, grids = (
-        page.partition(tables.BEGIN.format(name))[2].partition(tables.END)[0].strip() for name in ("averages", "grids")
+        (house.results / page).read_text().partition(tables.BEGIN.format(mark))[2].partition(tables.END)[0].strip()
+        for page, mark in (("README.md", "averages"), ("attacks.md", "grids"))
     )
     assert house.table(averages, "resnet18-w0.25") == {
         "resnet18-w0.25": ["BA %", "ASR %", "RA %", "attacks"],
