@@ -624,6 +624,15 @@ def test_the_ceilings_are_measured_with_the_victims_own_target(house):
     assert cells == ["none"]
 
 
+def test_the_ceiling_takes_the_trigger_of_a_file_whose_name_reads_like_settings(house):
+    path = house.victim("dynamic,seed=2", "dynamic")
+    house.victim("n", "none")
+    (cell,) = (cell for _, cell in compare.missing(house.victims(), ["none"]) if "attack" in cell)
+    words = house.victims()[-1].words(cell)
+    args = flags.parser(words[0]).parse_args(words[1:])
+    assert (args.trigger_of, args.seed) == (str(path), 1024)
+
+
 def test_the_estimate_is_by_the_records_of_the_same_cell_and_network(house):
     paths = [house.victim(name, width=0.25, seed=i) for i, name in enumerate("abcd")]
     wide = house.victim("wide")
