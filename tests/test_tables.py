@@ -126,6 +126,21 @@ def test_what_is_no_record_is_named(tmp_path, content):
         records.load(tmp_path / "unit.json", "0")
 
 
+@pytest.mark.parametrize("damage", [{"width": "a"}, {"width": None}, {"target": ...}])
+def test_a_record_whose_recipe_is_damaged_is_named(house, damage):
+    """It would have to place the victim in the tables, whose file is not here."""
+    path = house.victim("a")
+    house.record(path, "none", figures(0.9, 0.5, 0.25), alone=True)
+    path.unlink()
+    place = house.results / "cifar10_a" / "none.json"
+    record = json.loads(place.read_text())
+    recipe = record["victim"]["recipe"] | damage
+    record["victim"]["recipe"] = {k: v for k, v in recipe.items() if v is not ...}
+    place.write_text(json.dumps(record))
+    with pytest.raises(InputError, match=r"none\.json is no record of a run"):
+        house.compare("--no-run")
+
+
 # --- tables in pages --------------------------------------------------------------------------------------------------
 
 
