@@ -65,7 +65,7 @@ def from_file(path, results):
     if checkpoint["attack"] is None or checkpoint["defense"]:
         return None
     if checkpoint["attack"] not in ("none", *flags.ATTACKS):
-        raise flags.InputError(f"{path} is of an unknown attack, {checkpoint['attack']!r}; leave it out, by --victims")
+        raise flags.InputError(f"{path} is of an unknown attack, {checkpoint['attack']!r}; move it elsewhere")
     return Victim(records.victim_of(path, checkpoint), results, path, checkpoint)
 
 

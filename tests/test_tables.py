@@ -838,6 +838,49 @@ def test_an_unknown_column_ends_in_one_line_and_status_2(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_file_that_is_named_and_no_victim_is_refused(house, monkeypatch):
+    path = house.victim("a")
+    foreign, defended = house.folder / "mine.pt", house.folder / "ckpt" / "cifar10_a_ft.pt"
+    torch.save(house.state, foreign)
+    utils.save_checkpoint(utils.load_checkpoint(path) | {"defense": {"name": "ft"}}, defended)
+    ran = running(house, monkeypatch)
+    for other in (foreign, defended):
+        with pytest.raises(InputError, match=rf"{other.name} is defended or from elsewhere"):
+            house.compare("--defenses", "ft", "--victims", str(path), str(other))
+    assert not ran
+    assert not house.results.exists()
+
+
+def test_a_cell_of_ones_own_folder_of_images_keeps_its_output_in_ckpt(house, monkeypatch):
+    house.victim("a")
+    running(house, monkeypatch, failing=["ft,dataset=folder:/some/signs"])
+    with pytest.raises(SystemExit):
+        house.compare("--defenses", "ft,dataset=folder:/some/signs")
+    assert (house.folder / "ckpt" / "cifar10_a_ft_dataset=folder-signs.log").read_text() == "why\n"
+
+
+def test_a_place_that_takes_no_output_is_said_and_nothing_runs(house, monkeypatch):
+    path = house.victim("a")
+    ran = running(house, monkeypatch)
+    monkeypatch.setattr(utils, "CKPT", path)  # a file, in which nothing can be written
+    with pytest.raises(InputError, match="cannot write"):
+        house.compare("--defenses", "ft", "--victims", str(path))
+    assert not ran
+
+
+def test_a_trajectory_that_is_cut_off_is_named(house):
+    path = house.victim("a")
+    figs = {"settings": {"acc_degrade": 0.03}, "initial_acc": 0.9, "best_step": 1, "steps": 3}
+    house.record(path, "unit", figures(0.5, 0.5, 0.5), **figs)
+    trajectory = house.results / path.stem / "unit.npz"
+    np.savez_compressed(trajectory, reg=np.arange(300.0))
+    whole = trajectory.read_bytes()
+    for content in (b"", whole[:200], b"no zip"):
+        trajectory.write_bytes(content)
+        with pytest.raises(InputError, match=r"unit\.npz is no trajectory"):
+            house.compare("--no-run")
+
+
 def test_without_victims_there_is_nothing_to_compare(house):
     with pytest.raises(InputError, match="nothing to compare"):
         house.compare()
