@@ -48,6 +48,8 @@ def configure(args):
         config, stages = dbd.Config(), ("simclr_epochs", "linear_epochs", "mixmatch_epochs")
         if args.data_rate:
             raise InputError("dbd sees the whole training set; leave --data_rate out")
+        if args.trigger_of:
+            raise InputError("dbd plants a fresh trigger; leave --trigger_of out")
         if args.epochs and len(args.epochs) != len(stages):
             raise InputError("dbd has three stages; give --epochs three numbers, as in 100 10 190")
         return replace(config, flip=inputs.flips(args), **dict(zip(stages, args.epochs or (), strict=False)))

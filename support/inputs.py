@@ -77,7 +77,8 @@ def load_victim(args, device):
     not_its_own = source["trigger"] is None or source["attack"] != args.attack
     if not_its_own and backdoor is not None and backdoor.width is not None:
         learned = f"the trigger of {args.attack} is learned for its victim, and {path} holds none"
-        raise InputError(f"{learned}; give another, or a victim that holds one by --trigger_of")
+        other = ", or a victim that holds one by --trigger_of" if "trigger_of" in args else ""
+        raise InputError(f"{learned}; give another{other}")
     if args.target == "all" and backdoor is not None and not (backdoor.relabel and backdoor.all_to_all):
         raise InputError(f"{args.attack} cannot send each class to the next; give --target a class")
     notes = []

@@ -287,6 +287,9 @@ def test_a_learned_trigger_is_taken_from_the_victim_that_holds_it(victim_file, t
     with torch.no_grad():
         assert torch.equal(load("--attack", "lira", "--trigger_of", str(holder))(x), trigger.eval()(x))
     refused(lambda: load("--attack", "lira"), "or a victim that holds one by --trigger_of")
+    words = [*SMALL, "--ckpt", str(victim_file), "--attack", "lira", "--out", str(tmp_path / "d.pt")]
+    with pytest.raises(InputError, match="holds none; give another$"):  # unit.py has no such flag
+        unit.main(words)
     refused(lambda: load("--attack", "wanet", "--trigger_of", str(holder)), "no trigger of wanet, but one of lira")
     refused(lambda: load("--attack", "lira", "--trigger_of", str(tmp_path / "no.pt")), "no checkpoint")
     utils.save_checkpoint({**utils.load_checkpoint(holder), "target": 2}, holder)
