@@ -194,7 +194,7 @@ def train_by_dbd(args, config, device, dtype):
         raise InputError(f"{args.attack} poisons batches in training: there is no poisoned set that DBD could be given")
     if trigger is not None and (trigger.width or trigger.surrogate or trigger.cover_rate):
         raise InputError(f"{args.attack} asks for more than its trigger on images; give dbd another --attack")
-    if out.exists() and not args.overwrite:
+    if out.is_file() and not args.overwrite:
         raise InputError(f"{out} exists; --overwrite trains it again, --out writes elsewhere")
     victim = {"file": own.name, "sha256": None, "attack": args.attack}
     record_at = records.path_of("dbd", args, victim)

@@ -504,6 +504,10 @@ def test_a_finished_run_is_not_overwritten(tmp_path):
     with pytest.raises(InputError, match="--overwrite"):
         run(tmp_path)
     assert (tmp_path / "d.pt").read_bytes() == b"mine"
+    (tmp_path / "d.pt").unlink()
+    (tmp_path / "d.pt").mkdir()
+    with pytest.raises(InputError, match="is a folder; give the name of a file"):
+        run(tmp_path)
 
 
 def test_without_an_attack_nothing_is_poisoned(short, tmp_path):
