@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import zipfile
 from collections import deque
 from pathlib import Path
 
@@ -108,8 +109,8 @@ def command(victim, cell, args, outdir):
 
 
 def place(victim, cell, ending):
-    """Return where a run keeps its defended model, or its output."""
-    return utils.CKPT / f"{victim.stem}_{cell.replace(',', '_')}{ending}"
+    """Return where a run keeps its defended model, or its output: named as its record, which has no path in it."""
+    return utils.CKPT / f"{victim.stem}_{victim.record_path(cell).stem.replace(',', '_')}{ending}"
 
 
 def fill(jobs, args):
@@ -125,6 +126,7 @@ def fill(jobs, args):
                     i, (victim, cell) = waiting.popleft()
                     log = place(victim, cell, ".log")
                     print(f"{i} of {len(jobs)}: {victim.stem}, {cell}", flush=True)
+                    utils.check_place(log)
                     with open(log, "w") as file:
                         words = command(victim, cell, args, outdir)
                         process = subprocess.Popen(words, stdout=file, stderr=subprocess.STDOUT, env=env)
@@ -185,8 +187,9 @@ def draw_searches(victims, folder):
         if r and path.exists():
             limit = r["initial_acc"] - r["settings"]["acc_degrade"]
             try:
-                history = dict(np.load(path))
-            except (OSError, ValueError):
+                with open(path, "rb") as file:  # given a path, numpy leaves a damaged one open
+                    history = dict(np.load(file))
+            except (OSError, EOFError, ValueError, zipfile.BadZipFile):
                 raise flags.InputError(f"{path} is no trajectory of a search; delete it") from None
             plots.draw_history(history, r["best_step"], limit, folder / f"search_{v.stem}.png")
 
@@ -240,6 +243,10 @@ def main(argv=None):
         if not Path(path).is_file():
             raise flags.InputError(f"no checkpoint {path}; name files that train.py made")
     victims = all_victims(args.results, args.victims or ())
+    here = {v.path.resolve() for v in victims if v.path}
+    for path in args.victims or ():
+        if Path(path).resolve() not in here:
+            raise flags.InputError(f"{path} is defended or from elsewhere, no victim; name files that train.py made")
     if not victims:
         raise flags.InputError("there is nothing to compare; train a victim first: python train.py --attack badnet")
     jobs = missing(victims, args.defenses)  # a setting that is no flag is known before anything runs,

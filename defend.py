@@ -48,6 +48,8 @@ def configure(args):
         config, stages = dbd.Config(), ("simclr_epochs", "linear_epochs", "mixmatch_epochs")
         if args.data_rate:
             raise InputError("dbd sees the whole training set; leave --data_rate out")
+        if args.trigger_of:
+            raise InputError("dbd plants a fresh trigger; leave --trigger_of out")
         if args.epochs and len(args.epochs) != len(stages):
             raise InputError("dbd has three stages; give --epochs three numbers, as in 100 10 190")
         return replace(config, flip=inputs.flips(args), **dict(zip(stages, args.epochs or (), strict=False)))
@@ -192,7 +194,7 @@ def train_by_dbd(args, config, device, dtype):
         raise InputError(f"{args.attack} poisons batches in training: there is no poisoned set that DBD could be given")
     if trigger is not None and (trigger.width or trigger.surrogate or trigger.cover_rate):
         raise InputError(f"{args.attack} asks for more than its trigger on images; give dbd another --attack")
-    if out.exists() and not args.overwrite:
+    if out.is_file() and not args.overwrite:
         raise InputError(f"{out} exists; --overwrite trains it again, --out writes elsewhere")
     victim = {"file": own.name, "sha256": None, "attack": args.attack}
     record_at = records.path_of("dbd", args, victim)

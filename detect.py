@@ -27,6 +27,8 @@ def verdict(norms, config=inversion.Config()):
     """Return the verdict, a sentence, on a network with these L1 norms of the smallest patch of each class."""
     suspicious, index = inversion.anomalies(norms, config)
     smallest = min(range(len(norms)), key=norms.__getitem__)
+    if len(norms) < 3:  # both of two lie equally far from their median
+        return f"no verdict: of {len(norms)} classes none can stand out; the smallest patch is that of class {smallest}"
     if not suspicious:
         return f"no class stands out (the smallest patch, class {smallest}, has index {index[smallest]:.2f}); {LIMIT}"
     found = " and ".join(f"class {c} (index {index[c]:.2f}, above {config.anomaly:g})" for c in suspicious)

@@ -144,7 +144,7 @@ def main(argv=None):
     config = {k: getattr(args, k) for k in SETTINGS} | {"precision": str(dtype).removeprefix("torch.")}
     config |= inputs.new_network(args) | {"flip": inputs.flips(args), "num_classes": len(classes)}
     out = Path(args.ckpt or utils.checkpoint_path(args.dataset, args.network, args.attack, args.width))
-    if out.exists() and not args.overwrite:
+    if out.is_file() and not args.overwrite:
         raise flags.InputError(f"{out} exists; --overwrite trains it again, --ckpt writes elsewhere")
     if first_rank:
         utils.check_place(out)

@@ -77,7 +77,8 @@ def load_victim(args, device):
     not_its_own = source["trigger"] is None or source["attack"] != args.attack
     if not_its_own and backdoor is not None and backdoor.width is not None:
         learned = f"the trigger of {args.attack} is learned for its victim, and {path} holds none"
-        raise InputError(f"{learned}; give another, or a victim that holds one by --trigger_of")
+        other = ", or a victim that holds one by --trigger_of" if "trigger_of" in args else ""
+        raise InputError(f"{learned}; give another{other}")
     if args.target == "all" and backdoor is not None and not (backdoor.relabel and backdoor.all_to_all):
         raise InputError(f"{args.attack} cannot send each class to the next; give --target a class")
     notes = []
@@ -89,6 +90,8 @@ def load_victim(args, device):
         same = flag == "dataset" and {trained, now} == {"cifar10", "cifar10_sample"}
         if trained not in (None, now) and not same and (args.attack != "none" or flag == "dataset"):
             notes.append(f"{path} was trained with {flag} {trained}, measured with {now}")
+    if source is not checkpoint and source["target"] not in (None, args.target):
+        notes.append(f"{args.trigger_of} was trained with target {source['target']}, measured with {args.target}")
     if backdoor is not None and checkpoint["attack"] is None and source["trigger"] is None:
         notes.append(
             f"{path} brings no trigger: ASR is that of the {args.attack} here, which may be another than its own"
@@ -107,6 +110,9 @@ def trigger_source(args, checkpoint):
     if source["trigger"] is None or source["attack"] != args.attack:
         held = f"one of {source['attack']}" if source["trigger"] is not None else "none"
         raise InputError(f"--trigger_of {path} holds no trigger of {args.attack}, but {held}; give --attack or another")
+    size = source["size"] or 32
+    if size != args.size:
+        raise InputError(f"--trigger_of {path} is for images of {size}x{size}; give another, or --size {size}")
     return source
 
 

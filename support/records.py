@@ -105,6 +105,8 @@ def read(path):
         record["victim"]["sha256"], record.get("interrupted"), record["victim"].get("recipe")
         numbers = [record["seconds"], *(record["after"][k] or 0 for k in ("BA", "ASR", "RA", "target_accuracy"))]
         sum(numbers), record["machine"]["threads"], record["commit"], record.get("findings", {}).get("outcome")
+        if recipe := record["victim"].get("recipe"):
+            [recipe[k] for k in RECIPE], -recipe["width"], Path(record["victim"]["file"]), record["victim"]["seed"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise flags.InputError(f"{path} is no record of a run; move it elsewhere") from None
     return record

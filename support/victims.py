@@ -29,14 +29,17 @@ class Victim:
         self.folder = Path(results) / self.stem
 
     def words(self, cell):
-        """Return the command that a cell, `defense[,setting=value...]`, stands for: a script and its flags."""
+        """Return the command that a cell, `defense[,setting=value...][,trigger_of=VICTIM]`, stands for: script, flags.
+
+        VICTIM is the name of a file in ckpt/ without its ending, commas and all.
+        """
+        cell, _, holder = cell.partition(",trigger_of=")
         defense, *settings = cell.split(",")
         script = ["unit.py"] if defense == "unit" else ["defend.py", "--defense", defense]
         # what a victim is for, where that is not what the commands take it to be
         usual = {"dataset": (None, "cifar10", "cifar10_sample"), "size": (None, 32), "target": (None, 0)}
         own = [w for k, v in usual.items() if self.about.get(k) not in v for w in (f"--{k}", str(self.about[k]))]
-        # a victim, whose file's name alone may stand in that of a record
-        settings = [f"{s.replace('=', f'={utils.CKPT}/')}.pt" if s.startswith("trigger_of=") else s for s in settings]
+        settings += [f"trigger_of={utils.CKPT / holder}.pt"] if holder else []
         return [*script, "--attack", self.attack, *own, *(f"--{setting}" for setting in settings)]
 
     def record_path(self, cell):
@@ -62,7 +65,7 @@ def from_file(path, results):
     if checkpoint["attack"] is None or checkpoint["defense"]:
         return None
     if checkpoint["attack"] not in ("none", *flags.ATTACKS):
-        raise flags.InputError(f"{path} is of an unknown attack, {checkpoint['attack']!r}; leave it out, by --victims")
+        raise flags.InputError(f"{path} is of an unknown attack, {checkpoint['attack']!r}; move it elsewhere")
     return Victim(records.victim_of(path, checkpoint), results, path, checkpoint)
 
 

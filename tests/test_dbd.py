@@ -504,6 +504,10 @@ def test_a_finished_run_is_not_overwritten(tmp_path):
     with pytest.raises(InputError, match="--overwrite"):
         run(tmp_path)
     assert (tmp_path / "d.pt").read_bytes() == b"mine"
+    (tmp_path / "d.pt").unlink()
+    (tmp_path / "d.pt").mkdir()
+    with pytest.raises(InputError, match="is a folder; give the name of a file"):
+        run(tmp_path)
 
 
 def test_without_an_attack_nothing_is_poisoned(short, tmp_path):
@@ -529,6 +533,7 @@ def test_a_cut_off_run_with_other_settings_is_not_taken(short, tmp_path, monkeyp
     [
         (["--attack", "wanet"], "no poisoned set"),
         (["--data_rate", "0.5"], "--data_rate"),
+        (["--trigger_of", "v.pt"], "leave --trigger_of out"),
         (["--epochs", "3"], "three numbers"),
         (["--poison_rate", "0.95"], "lower it"),
         (["--attack", "none", "--poison_rate", "0.1"], "without an attack"),

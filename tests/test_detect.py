@@ -191,3 +191,11 @@ def test_the_verdict_names_the_class_or_the_limit():
     norms[9] = 39.0
     assert "no class stands out" in detect.verdict(norms)
     assert "covers the whole image" in detect.verdict(norms)
+    assert "class 2 (index" in detect.verdict([50.0, 52.0, 1.0])  # of three classes one can stand out
+
+
+@pytest.mark.parametrize("norms", [[1.0, 60.0], [60.0, 1.0], [1.0]])
+def test_of_two_classes_none_can_stand_out_and_the_verdict_says_so(norms):
+    said = detect.verdict(norms)
+    assert said.startswith("no verdict: ")
+    assert said.endswith(f"class {norms.index(1)}")

@@ -126,6 +126,21 @@ def test_what_is_no_record_is_named(tmp_path, content):
         records.load(tmp_path / "unit.json", "0")
 
 
+@pytest.mark.parametrize("damage", [{"width": "a"}, {"width": None}, {"target": ...}])
+def test_a_record_whose_recipe_is_damaged_is_named(house, damage):
+    """It would have to place the victim in the tables, whose file is not here."""
+    path = house.victim("a")
+    house.record(path, "none", figures(0.9, 0.5, 0.25), alone=True)
+    path.unlink()
+    place = house.results / "cifar10_a" / "none.json"
+    record = json.loads(place.read_text())
+    recipe = record["victim"]["recipe"] | damage
+    record["victim"]["recipe"] = {k: v for k, v in recipe.items() if v is not ...}
+    place.write_text(json.dumps(record))
+    with pytest.raises(InputError, match=r"none\.json is no record of a run"):
+        house.compare("--no-run")
+
+
 # --- tables in pages --------------------------------------------------------------------------------------------------
 
 
@@ -624,6 +639,15 @@ def test_the_ceilings_are_measured_with_the_victims_own_target(house):
     assert cells == ["none"]
 
 
+def test_the_ceiling_takes_the_trigger_of_a_file_whose_name_reads_like_settings(house):
+    path = house.victim("dynamic,seed=2", "dynamic")
+    house.victim("n", "none")
+    (cell,) = (cell for _, cell in compare.missing(house.victims(), ["none"]) if "attack" in cell)
+    words = house.victims()[-1].words(cell)
+    args = flags.parser(words[0]).parse_args(words[1:])
+    assert (args.trigger_of, args.seed) == (str(path), 1024)
+
+
 def test_the_estimate_is_by_the_records_of_the_same_cell_and_network(house):
     paths = [house.victim(name, width=0.25, seed=i) for i, name in enumerate("abcd")]
     wide = house.victim("wide")
@@ -812,6 +836,49 @@ def test_an_unknown_column_ends_in_one_line_and_status_2(tmp_path):
     assert (process.returncode, out, err.count("\n")) == (2, "", 1)
     assert "no column 'units'" in err
     assert not list(tmp_path.iterdir())
+
+
+def test_a_file_that_is_named_and_no_victim_is_refused(house, monkeypatch):
+    path = house.victim("a")
+    foreign, defended = house.folder / "mine.pt", house.folder / "ckpt" / "cifar10_a_ft.pt"
+    torch.save(house.state, foreign)
+    utils.save_checkpoint(utils.load_checkpoint(path) | {"defense": {"name": "ft"}}, defended)
+    ran = running(house, monkeypatch)
+    for other in (foreign, defended):
+        with pytest.raises(InputError, match=rf"{other.name} is defended or from elsewhere"):
+            house.compare("--defenses", "ft", "--victims", str(path), str(other))
+    assert not ran
+    assert not house.results.exists()
+
+
+def test_a_cell_of_ones_own_folder_of_images_keeps_its_output_in_ckpt(house, monkeypatch):
+    house.victim("a")
+    running(house, monkeypatch, failing=["ft,dataset=folder:/some/signs"])
+    with pytest.raises(SystemExit):
+        house.compare("--defenses", "ft,dataset=folder:/some/signs")
+    assert (house.folder / "ckpt" / "cifar10_a_ft_dataset=folder-signs.log").read_text() == "why\n"
+
+
+def test_a_place_that_takes_no_output_is_said_and_nothing_runs(house, monkeypatch):
+    path = house.victim("a")
+    ran = running(house, monkeypatch)
+    monkeypatch.setattr(utils, "CKPT", path)  # a file, in which nothing can be written
+    with pytest.raises(InputError, match="cannot write"):
+        house.compare("--defenses", "ft", "--victims", str(path))
+    assert not ran
+
+
+def test_a_trajectory_that_is_cut_off_is_named(house):
+    path = house.victim("a")
+    figs = {"settings": {"acc_degrade": 0.03}, "initial_acc": 0.9, "best_step": 1, "steps": 3}
+    house.record(path, "unit", figures(0.5, 0.5, 0.5), **figs)
+    trajectory = house.results / path.stem / "unit.npz"
+    np.savez_compressed(trajectory, reg=np.arange(300.0))
+    whole = trajectory.read_bytes()
+    for content in (b"", whole[:200], b"no zip"):
+        trajectory.write_bytes(content)
+        with pytest.raises(InputError, match=r"unit\.npz is no trajectory"):
+            house.compare("--no-run")
 
 
 def test_without_victims_there_is_nothing_to_compare(house):

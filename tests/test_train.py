@@ -367,6 +367,11 @@ def test_a_finished_victim_is_not_overwritten(victim_file):
     assert victim_file.read_bytes() == before
 
 
+def test_a_folder_is_no_place_for_a_victim(tmp_path):
+    with pytest.raises(InputError, match="is a folder; give the name of a file"):
+        train.main([*TRAIN, "--ckpt", str(tmp_path)])
+
+
 def test_more_fixed_poison_than_there_are_images_is_bad_input(tmp_path):
     flags = ["--attack", "reflection", "--poison_rate", "0.2", "--sampling", "fixed"]
     with pytest.raises(InputError, match="lower it") as caught:

@@ -270,7 +270,7 @@ def test_a_trigger_of_another_size_is_refused(victim_file, tmp_path):
 # --- the trigger of another file --------------------------------------------------------------------------------------
 
 
-def test_a_learned_trigger_is_taken_from_the_victim_that_holds_it(victim_file, tmp_path):
+def test_a_learned_trigger_is_taken_from_the_victim_that_holds_it(victim_file, tmp_path, capsys):
     torch.manual_seed(0)
     trigger = get_backdoor("lira", width=4)
     for p in trigger.parameters():
@@ -287,5 +287,14 @@ def test_a_learned_trigger_is_taken_from_the_victim_that_holds_it(victim_file, t
     with torch.no_grad():
         assert torch.equal(load("--attack", "lira", "--trigger_of", str(holder))(x), trigger.eval()(x))
     refused(lambda: load("--attack", "lira"), "or a victim that holds one by --trigger_of")
+    words = [*SMALL, "--ckpt", str(victim_file), "--attack", "lira", "--out", str(tmp_path / "d.pt")]
+    with pytest.raises(InputError, match="holds none; give another$"):  # unit.py has no such flag
+        unit.main(words)
     refused(lambda: load("--attack", "wanet", "--trigger_of", str(holder)), "no trigger of wanet, but one of lira")
     refused(lambda: load("--attack", "lira", "--trigger_of", str(tmp_path / "no.pt")), "no checkpoint")
+    utils.save_checkpoint({**utils.load_checkpoint(holder), "target": 2}, holder)
+    capsys.readouterr()
+    load("--attack", "lira", "--trigger_of", str(holder))
+    assert f"note: {holder} was trained with target 2, measured with 0" in capsys.readouterr().out
+    utils.save_checkpoint({**utils.load_checkpoint(holder), "size": 64}, holder)  # its convolutions take any size
+    refused(lambda: load("--attack", "lira", "--target", "2", "--trigger_of", str(holder)), "is for images of 64x64")
