@@ -5,8 +5,7 @@
     python unit.py --attack badnet --dataset cifar10_sample --n_steps 100   # 500 embedded images, no download
 
 Every neuron of a trained network gets an upper bound on its activation, as tight as a small loss of accuracy on clean
-images allows. Activations are clipped there, so that the abnormally large ones of a trigger no longer reach the output.
-The weights do not change.
+images allows. Activations are clipped there, also the abnormally large ones of a trigger. The weights do not change.
 """
 
 import flags  # first: it answers --help and a wrong flag before torch is imported
@@ -182,15 +181,11 @@ def tighten(model, x_train, y_train, x_valid, y_valid, config=UnitConfig(), call
     """
     config.check(len(x_train))
     data.check_images(x_train, "training")
-    data.check_images(x_valid, "validation")
-    if x_train.shape[1:] != x_valid.shape[1:]:
-        shapes = " and ".join(str(tuple(x.shape[1:])) for x in (x_train, x_valid))
-        raise ValueError(f"training and validation images are {shapes}; the bounds are for one size")
+    data.check_images(x_valid, "validation", x_train.shape[1:])
     device = models.weights_device(model)
     size = config.micro_batch or utils.pass_size(device, 100)
     dtype, n_images = utils.get_dtype(config.precision, device), config.n_steps * (config.step_images or len(x_train))
     net, sites, layer = fast.search_network(model, x_train[:2], dtype, n_images, config.plain)
-
     num_classes = models.logits(net(data.to_float(x_train[:2].to(device)))).shape[1]
     data.check_labels(y_train, len(x_train), num_classes, "training")
     data.check_labels(y_valid, len(x_valid), num_classes, "validation")
@@ -300,8 +295,7 @@ def main(argv=None):
     inputs.check_search(path, model, config, images)
     victim = records.victim_of(path, checkpoint)
     settings = {k: getattr(args, k) for k in ("dataset", "size", "data_rate", "draw")} | {"flip": inputs.flips(args)}
-    settings |= asdict(config) | inputs.origin(path, checkpoint, *images)
-    partial = Partial(out, settings, device, args.resume)
+    partial = Partial(out, settings | asdict(config) | inputs.origin(path, checkpoint, *images), device, args.resume)
     picture = Path(args.outdir) / f"unit_{utils.file_tag(args.attack)}.png"
     record_at = records.path_of("unit", args, victim)
     if first:
@@ -347,7 +341,7 @@ def main(argv=None):
     if watch.why is None:
         partial.remove()
         return
-    print("the same command goes on from there")
+    print("the same command resumes from there")
     if watch.why == "interrupted":
         raise KeyboardInterrupt
 

@@ -3,12 +3,19 @@
 import torch
 
 
-def check_images(x, what):
-    """Raise ValueError unless x is a tensor (N, 3, H, W), uint8 or float in [0, 1]; what: for example `training`."""
+def check_images(x, what, shape=None):
+    """Raise ValueError unless x is a tensor (N, 3, H, W), uint8 or float in [0, 1].
+
+    what: for example `training`; shape: what (3, H, W) has to be, None for any.
+    """
     if not isinstance(x, torch.Tensor) or x.dim() != 4:
         raise ValueError(f"{what} images must be a tensor (N, 3, H, W)")
     if x.shape[1] not in (1, 3) and x.shape[3] in (1, 3):
         raise ValueError(f"{what} images are {tuple(x.shape)}; give (N, 3, H, W), as x.permute(0, 3, 1, 2) is")
+    if shape is not None and x.shape[1:] != shape:
+        raise ValueError(
+            f"{what} images are {tuple(x.shape[1:])}, the others {tuple(shape)}; the bounds are for one size"
+        )
     if len(x) == 0:
         raise ValueError(f"there are no {what} images")
     if x.dtype == torch.uint8:
