@@ -341,7 +341,7 @@ def main(argv=None):
     if watch.why is None:
         partial.remove()
         return
-    print("the same command resumes from there")
+    print("the same command goes on from there")
     if watch.why == "interrupted":
         raise KeyboardInterrupt
 
