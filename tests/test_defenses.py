@@ -95,13 +95,15 @@ def test_a_repair_goes_on_to_the_same_bits_from_each_epoch(name, tiny, clean):
     # what the callback was told is the history, epoch by epoch
     for key, values in whole.history.items():
         assert [now[key] for now in told if key in now] == values
-    for done in (1, *range(1, len(kept) + 1)):
-        file = io.BytesIO()
-        torch.save(kept[done - 1], file)
-        file.seek(0)
-        torch.load(file, weights_only=True)  # plain values and tensors alone
+    files = []
+    for state in kept:
+        files.append(io.BytesIO())
+        torch.save(state, files[-1])
+        files[-1].seek(0)
+    loaded = [torch.load(file, weights_only=True) for file in files]  # plain values and tensors alone
+    for done, state in ((1, kept[0]), (1, kept[0]), *enumerate(loaded, 1)):
         figures.clear()
-        part = repair(tiny, *few, config, 1, callback=callback, state=kept[done - 1])
+        part = repair(tiny, *few, config, 1, callback=callback, state=state)
         assert figures == told[done:]  # no epoch is done twice
         assert part.history == whole.history
         assert part.findings == whole.findings
