@@ -209,10 +209,10 @@ def draw(groups, folder):
     drawn = [g for attacked in shown.values() for g in attacked]
     columns = {c: name for c, name in tables.NAMES.items() if any(g.values(c, "RA") for g in drawn)}
     if any(ceiling(g, groups) for g in drawn):
-        columns["ceiling"] = "ceiling"
+        columns["ceiling"] = "clean network"
 
     def row(group, key):
-        best = ceiling(group, groups) if key == "RA" else []
+        best = ceiling(group, groups, key)
         found = [best if cell == "ceiling" else group.values(cell, key) for cell in columns]
         return [statistics.mean(values) if values else None for values in found]
 

@@ -87,6 +87,8 @@ def save(path, defense, args, config, victim, device, figures, trajectory=None):
         "commit": machine.commit(),
         **figures,
     }
+    if holder := vars(args).get("trigger_of"):
+        record["trigger_sha256"] = utils.sha256(holder)
     utils.save_json(record, path)
     if trajectory is not None:
         values = {k: np.asarray(v, np.float32) for k, v in trajectory.items()}

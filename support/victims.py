@@ -47,8 +47,13 @@ class Victim:
         return self.folder / _record_name(tuple(self.words(cell)), self.attack)
 
     def record(self, cell):
-        """Return the record of a cell, or None."""
-        return records.load(self.record_path(cell), self.sum)
+        """Return the record of a cell; None where there is none, or it is of another file than is here."""
+        record = records.load(self.record_path(cell), self.sum)
+        _, named, holder = cell.partition(",trigger_of=")
+        path = utils.CKPT / f"{holder}.pt"
+        if record and named and path.is_file() and record.get("trigger_sha256") != utils.sha256(path):
+            return None
+        return record
 
 
 @cache
@@ -166,7 +171,7 @@ def clean_cells(group):
     return [f"{cell},trigger_of={v.stem}" for v in group.victims]
 
 
-def ceiling(group, groups):
-    """Return the RA of each clean network of the same panel on this group's triggered images."""
+def ceiling(group, groups, key="RA"):
+    """Return the RA, or the ASR, of each clean network of the same panel on this group's triggered images."""
     clean = [g for g in groups if g.attack == "none" and g.panel == group.panel]
-    return [ra for g in clean for cell in clean_cells(group) for ra in g.values(cell, "RA")]
+    return [share for g in clean for cell in clean_cells(group) for share in g.values(cell, key)]

@@ -347,12 +347,12 @@ def test_what_is_drawn_is_what_was_measured(house, monkeypatch):
     house.record(house.victim("wide"), "none", figures(0.9, 1.0, 0.0))  # of no defense there is nothing to see
     house.compare("--no-run")
     columns, maps, _ = given["heatmap"]
-    assert columns == ["no defense", "I-BAU", "UNIT", "ceiling"]
+    assert columns == ["no defense", "I-BAU", "UNIT", "clean network"]
     (title, rows, ra, low), (second, _, asr, high) = maps
     assert (title, second, low, high) == ("resnet18-w0.25: RA %", "resnet18-w0.25: ASR %", False, True)
     assert rows == ["badnet", "wanet"]
     assert ra == [[pytest.approx(0.01), 0.25, pytest.approx(0.82), 0.9], [0.1, None, 0.7, None]]
-    assert asr == [[pytest.approx(0.99), 0.5, pytest.approx(0.04), None], [0.9, None, 0.1, None]]
+    assert asr == [[pytest.approx(0.99), 0.5, pytest.approx(0.04), 0.01], [0.9, None, 0.1, None]]
     ((panel, points),) = given["tradeoff"][0].items()
     assert panel == "resnet18-w0.25"
     assert {k: pytest.approx(v) for k, v in points.items()} == {
@@ -447,9 +447,15 @@ def test_the_ceilings_are_measured_with_the_victims_own_target(house):
     clean = house.victims()[-1]
     assert [clean.record_path(cell).name for cell in cells[2:]] == [f"{cell}.json" for cell in cells[2:]]
     assert clean.words(learned)[-2:] == ["--attack=dynamic", f"--trigger_of={utils.CKPT}/cifar10_dynamic.pt"]
-    house.record(clean.path, learned, figures(0.9, 0.01, 0.7))
-    (dynamic,) = (g for g in house.groups() if g.attack == "dynamic")
-    assert victims.ceiling(dynamic, house.groups()) == [0.7]
+    holder = utils.CKPT / "cifar10_dynamic.pt"
+    for trigger, known in (
+        ({}, []),
+        ({"trigger_sha256": "of another file"}, []),
+        ({"trigger_sha256": utils.sha256(holder)}, [0.7]),
+    ):
+        house.record(clean.path, learned, figures(0.9, 0.01, 0.7), **trigger)
+        (dynamic,) = (g for g in house.groups() if g.attack == "dynamic")
+        assert victims.ceiling(dynamic, house.groups()) == known
     dynamic.victims[0].path.unlink()  # which has no record, either
     cells = [cell for v, cell in compare.missing([*dynamic.victims, clean], ["none"]) if v.attack == "none"]
     assert cells == ["none"]

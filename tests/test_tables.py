@@ -100,6 +100,17 @@ def test_a_record_is_small_and_its_trajectory_lies_beside_it(tmp_path):
     assert sorted(p.name for p in path.parent.iterdir()) == ["unit.json", "unit.npz"]
 
 
+def test_a_record_says_whose_trigger_was_planted(tmp_path):
+    holder = tmp_path / "holder.pt"
+    holder.write_bytes(b"abc")
+    args = parsed("none", "--trigger_of", str(holder), "--results", str(tmp_path))
+    victim = {"file": "v.pt", "sha256": "0" * 64, "attack": "none"}
+    path = records.path_of("none", args, victim)
+    records.save(path, "none", args, unit.UnitConfig(), victim, CPU, {})
+    sha256 = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # of "abc", by FIPS 180-2
+    assert json.loads(path.read_text())["trigger_sha256"] == sha256
+
+
 def test_a_record_is_found_by_the_weights_of_its_victim(tmp_path):
     path, _, figures, victim = unit_run(tmp_path)
     assert records.load(path, victim["sha256"])["after"] == figures["after"]
