@@ -33,8 +33,8 @@ from support.victims import all_victims, ceiling, clean_cells, grouped, panel_of
 CHEAPEST = ("none", "clp", "ulrl", "seam", "fst", "rnp", "fp", "ft", "nad", "i_bau", "unit,step_images=250", "anp")
 CHEAPEST += ("ft_sam", "bcu", "nc", "unit")
 POLL = 0.1  # seconds between two looks at the runs
-PAGES = {"README.md": ("# Figures", "averages"), "attacks.md": ("# Attack by attack", "grids")}
-PAGES |= {"runs.md": ("# Every run", "details")}
+PAGES = {"README.md": ("# Figures", ["averages"]), "attacks.md": ("# Attack by attack", ["grids", "detections"])}
+PAGES |= {"runs.md": ("# Every run", ["details"])}
 
 
 # --- what is to be run ------------------------------------------------------------------------------------------------
@@ -168,13 +168,15 @@ def cores():
 def write_tables(victims, args):
     """Write the tables of the records that there are."""
     groups, results = grouped(victims), Path(args.results)
-    made = {"averages": tables.averages(groups), "grids": tables.grids(groups), "details": tables.details(victims)}
-    for name, (title, mark) in PAGES.items():
+    made = {"averages": tables.averages(groups), "grids": tables.grids(groups)}
+    made |= {"detections": tables.detections(victims), "details": tables.details(victims)}
+    for name, (title, marks) in PAGES.items():
         page = results / name
         if not page.exists():
-            text = f"{title}\n\n{tables.BEGIN.format(mark)}\n{tables.END}\n"
+            text = "\n\n".join([title, *(f"{tables.BEGIN.format(mark)}\n{tables.END}" for mark in marks)]) + "\n"
             utils.write_whole(page, lambda p, text=text: p.write_text(text))
-        tables.put(page, mark, made[mark])
+        for mark in marks:
+            tables.put(page, mark, made[mark])
     if results.resolve() == flags.RESULTS:
         tables.put(flags.ROOT / "README.md", "overview", tables.overview(groups))
         tables.put(utils.CKPT / "README.md", "victims", tables.victim_table(victims))

@@ -161,6 +161,33 @@ def details(victims):
     return markdown(header, rows)
 
 
+def detections(victims):
+    """Return what NC suspects in each network, by its records: how often it is right, then a line per network.
+
+    It is right about a backdoor if the target is its only suspect, and about a clean network if it has none.
+    """
+    rows, right = [], {}
+    for v in victims:
+        record = v.record("nc")
+        if record is None:
+            continue
+        found, target = record["findings"], None if v.attack == "none" else v.recipe["target"]
+        index, norms = found["anomaly_index"], found["norms"]
+        smallest = min(range(len(norms)), key=norms.__getitem__)
+        is_right = found["suspicious"] == ([] if target is None else [target])
+        right.setdefault("clean" if target is None else "backdoored", []).append(is_right)
+        suspects = ", ".join(f"{c} ({index[c]:.2f})" for c in found["suspicious"]) or "none"
+        rows.append([
+            v.stem.removeprefix("cifar10_"), "none" if target is None else target, suspects,
+            f"{smallest} ({index[smallest]:.2f})", "yes" if is_right else "no",
+        ])  # fmt: skip
+    if not rows:
+        return ""
+    said = [f"{sum(of)} of {len(of)} {kind} networks" for kind, of in sorted(right.items())]
+    header = ["network", "target", "suspected class (index)", "class of the smallest patch (index)", "right"]
+    return f"Right on {' and '.join(said)}.\n\n{markdown(header, rows)}"
+
+
 def victim_table(victims):
     """Return the table of the victims that have the name train.py gives: what they are, their figures, their making."""
     rows = []

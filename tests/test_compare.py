@@ -315,6 +315,38 @@ def test_every_record_is_a_line_of_the_runs(house):
     ]
 
 
+def test_how_often_the_detector_is_right(house):
+    """Right is the target alone; another class, another one beside it or none at all are wrong."""
+    index = [0.5, 0.25, 3.0, 2.5, 1.0]
+
+    def found(name, suspicious, smallest, attack="badnet", **changes):
+        norms = [9.0 if c != smallest else 1.0 for c in range(5)]
+        findings = {"suspicious": suspicious, "norms": norms, "anomaly_index": index, "outcome": ""}
+        path = house.victim(name, attack, **changes)
+        cell = "nc,target=2" if changes.get("target") else "nc"
+        house.record(path, cell, figures(0.9, 0.5, 0.5), findings=findings)
+
+    assert tables.detections(house.victims()) == ""
+    found("right", [2], 2, target=2)
+    found("two", [2, 3], 2, seed=1, target=2)
+    found("missed", [], 1, "wanet")
+    found("clean", [], 0, "none")
+    found("blamed", [3], 3, "none", seed=1)
+    house.victim("unmeasured", seed=3)
+    said, table = tables.detections(house.victims()).split("\n\n")
+    assert said == "Right on 1 of 3 backdoored networks and 1 of 2 clean networks."
+    assert house.table(table, "network") == {
+        "network": ["target", "suspected class (index)", "class of the smallest patch (index)", "right"],
+        "right": ["2", "2 (3.00)", "2 (3.00)", "yes"],
+        "two": ["2", "2 (3.00), 3 (2.50)", "2 (3.00)", "no"],
+        "missed": ["0", "none", "1 (0.25)", "no"],
+        "clean": ["none", "none", "0 (0.50)", "yes"],
+        "blamed": ["none", "3 (2.50)", "3 (2.50)", "no"],
+    }
+    house.compare("--no-run")
+    assert said in (house.results / "attacks.md").read_text()
+
+
 def test_the_run_on_the_usual_folder_also_writes_the_front_page_and_that_of_the_victims(house, monkeypatch):
     wide, narrow = house.victim("resnet18_badnet"), house.victim("resnet18-w0.25_none", "none", 0.25)
     house.victim("resnet18_badnet_seed2", seed=2)  # remade by a command, and not listed
