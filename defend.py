@@ -9,7 +9,7 @@ gradients (ICLR 2022); ft_sam: fine-tuning with sharpness-aware minimization (IC
 (NeurIPS 2023); clp: channel Lipschitz pruning (ECCV 2022), of the weights alone; fp: fine-pruning (RAID 2018); anp:
 adversarial neuron pruning (NeurIPS 2021); rnp: reconstructive neuron pruning (ICML 2023); nc: Neural Cleanse (S&P
 2019); dbd: Decoupling the Training Process (ICLR 2022); none: nothing is changed, the victim is measured. Each runs at
-its published constants. The same command resumes an interrupted run.
+its published constants, but for those in docs/deviations.md. The same command resumes an interrupted run.
 """
 
 import flags  # first: it answers --help and a wrong flag before torch is imported

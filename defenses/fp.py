@@ -53,12 +53,12 @@ def reader_of_features(model, x):
 
 @torch.no_grad()
 def mean_features(model, layer, images, dtype, batch_size=250):
-    """Return the mean of each input of `layer` over images uint8 (N, 3, H, W), float64 (features,), in eval mode."""
+    """Return the mean of each input of `layer` over images uint8 (N, 3, H, W), in eval mode: float64, on the CPU."""
     total = 0
 
     def look(_layer, args):
         nonlocal total
-        total = total + args[0].double().sum(0)
+        total = total + args[0].cpu().double().sum(0)  # mps has no double precision
 
     hook = layer.register_forward_pre_hook(look)
     try:

@@ -28,7 +28,7 @@ class Config:
     flip: bool = True  # whether augmentation mirrors the images
     momentum: float = 0.9
     # unlearning, see ulrl.unlearn()
-    unlearn_images: int = 500  # of the clean images; an epoch over more goes far below stop_accuracy
+    unlearn_images: int = 500  # of the clean images, at most; an epoch over more goes far below stop_accuracy
     unlearn_lr: float = 0.01
     unlearn_weight_decay: float = 5e-4
     unlearn_epochs: int = 20  # at most
@@ -79,7 +79,8 @@ def repair(model, images, labels, config=Config(), seed=0, dtype=torch.float32, 
     state = {} if state is None else state
     channels = Channels(model)
     learn, valid = held_out(labels, config.valid_share)
-    some = learn[:: max(1, len(learn) // config.unlearn_images)]  # the order is by class: equally many of each
+    n = min(config.unlearn_images, len(learn))
+    some = learn[torch.arange(n) * len(learn) // n]  # evenly spaced, in an order by class: equally many of each
     how = config, torch.Generator().manual_seed(seed), dtype
 
     def callback_of(name, found):

@@ -262,7 +262,8 @@ def test_recovering_follows_the_gradient_of_a_fifth_of_the_loss(small, few):
     assert history["loss"] == pytest.approx([loss.item()], rel=1e-4)
 
 
-def test_rnp_unlearns_on_some_of_the_images_unclipped_and_prunes_the_victim(small, few, monkeypatch):
+@pytest.mark.parametrize(("n", "each"), [(40, 4), (50, 5), (500, 8)])  # of 80 to learn from, eight of each class
+def test_rnp_unlearns_on_some_of_the_images_unclipped_and_prunes_the_victim(small, few, monkeypatch, n, each):
     seen = {}
 
     def unlearn(model, images, labels, config, *_):
@@ -272,10 +273,10 @@ def test_rnp_unlearns_on_some_of_the_images_unclipped_and_prunes_the_victim(smal
         return other, {"unlearn_accuracy": [0.5]}
 
     monkeypatch.setattr(rnp, "unlearn", unlearn)
-    config = rnp.Config(recover_epochs=1, unlearn_images=40, thresholds=(1.0,), max_drop=1.1)
+    config = rnp.Config(recover_epochs=1, unlearn_images=n, thresholds=(1.0,), max_drop=1.1)
     repaired = rnp.repair(small, *few, config)
-    assert len(seen["images"]) == 40
-    assert torch.equal(seen["labels"].bincount(), torch.full((10,), 4))
+    assert len(seen["images"]) == 10 * each
+    assert torch.equal(seen["labels"].bincount(), torch.full((10,), each))
     assert seen["clip"] is None
     assert (repaired.model.bn.weight == 0).all()  # each mask is at most 1
     assert torch.equal(repaired.model.linear.weight, small.linear.weight)  # the victim's, not the unlearned network's
