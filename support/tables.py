@@ -1,6 +1,6 @@
 """The tables, in Markdown, and how they get into a page: between two marks, so that no figure is typed by hand."""
 
-from flags import DEFENSES, InputError
+from flags import ATTACKS, DEFENSES, InputError
 
 import statistics
 
@@ -63,32 +63,35 @@ def mean_of_means(groups, cell, key):
     return (statistics.mean(means) if means else None), len(means)
 
 
-def panels(groups, cells=NAMES):
-    """Return {panel: its groups}, of the groups that have a record of one of the cells."""
+def panels(groups):
+    """Return {panel: its groups}, of the groups that have a record in the tables."""
     found = {}
     for group in groups:
-        if any(group.values(cell, "BA") for cell in cells):
+        if any(group.values(cell, "BA") for cell in NAMES):
             found.setdefault(group.panel, []).append(group)
     return found
 
 
 def overview(groups):
-    """Return the front page's table, full width alone: BA / ASR / RA under few defenses, and the ceiling of RA."""
-    wide = [g for g in groups if g.recipe["width"] == 1]
-    rows = []
-    for group in (g for of_panel in panels(wide, FRONT).values() for g in of_panel):
-        keys = ("BA",) if group.attack == "none" else ("BA", "ASR", "RA")
-        found = {cell: [group.values(cell, key) for key in keys] for cell in FRONT}
-        cells = [" / ".join(spread(v, 2) for v in values) if values[0] else "–" for values in found.values()]
+    """Return the front page's table: BA / ASR / RA of ResNet-18 on CIFAR-10 under the first three attacks.
+
+    A line per victims of one recipe that have a record of a defense, a column per defense that has one of them.
+    """
+    rows, columns = [], ["none"]
+    for group in groups:
+        ours = (group.recipe["network"], group.recipe["dataset"]) == ("resnet18", "cifar10")
+        found = {cell: [group.values(cell, key) for key in ("BA", "ASR", "RA")] for cell in FRONT}
+        defended = [cell for cell in FRONT if cell != "none" and found[cell][0]]
+        if ours and group.attack in ATTACKS[:3] and defended:
+            rows.append((group, found))
+            columns += defended
+    columns = [cell for cell in FRONT if cell in columns]
+    lines = []
+    for group, found in rows:
+        cells = [" / ".join(spread(v, 2) for v in found[cell]) if found[cell][0] else "–" for cell in columns]
         n = f" (n = {len(group.victims)})" if len(group.victims) > 1 else ""
-        rows.append([f"{group.panel}_{group.name}{n}", *cells, spread(ceiling(group, groups), 2)])
-    if sum(g.attack != "none" for g in wide) > 1:
-        foot = []
-        for cell in FRONT:
-            means = [mean_of_means(wide, cell, key) for key in ("BA", "ASR", "RA")]
-            foot.append(f"{' / '.join(percent(m) for m, _ in means)} ({means[0][1]})" if means[0][1] else "–")
-        rows.append(["mean over attacks (how many)", *foot, ""])
-    return markdown(["BA / ASR / RA in %", *(NAMES[cell] for cell in FRONT), "ceiling of RA"], rows)
+        lines.append([f"{group.panel}_{group.name}{n}", *cells, spread(ceiling(group, groups), 2)])
+    return markdown(["BA / ASR / RA in %", *(NAMES[cell] for cell in columns), "ceiling of RA"], lines)
 
 
 def averages(groups):

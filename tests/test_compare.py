@@ -260,25 +260,25 @@ def test_many_attacks_are_several_tables_and_the_mean_stands_in_the_last(house, 
     assert second.splitlines()[::2] == ["| resnet18: RA % | reflection | mean |", "| no defense | 20.0 | 10.0 |"]
 
 
-def test_the_front_page_has_full_width_alone(house):
+def test_the_front_page_has_what_was_defended_of_the_first_three_attacks(house):
     badnet, clean = house.victim("badnet"), house.victim("none", "none")
     wanet, narrow = house.victim("wanet", "wanet"), house.victim("small", "badnet", 0.25)
     house.record(badnet, "none", figures(0.9356, 1.0, 0.0))
     house.record(badnet, "unit", figures(0.9073, 0.01291, 0.8992))
     house.record(badnet, "nad", figures(0.8, 0.7, 0.1))  # no column of the front page
-    house.record(wanet, "unit", figures(0.91, 0.5, 0.25))
-    house.record(narrow, "unit", figures(0.8, 0.1, 0.1))
+    house.record(wanet, "none", figures(0.91, 0.5, 0.25))
+    house.record(wanet, "nad", figures(0.8, 0.7, 0.1))
+    house.record(narrow, "ft", figures(0.8, 0.1, 0.1))
+    house.record(house.victim("sig", "sig"), "bcu", figures(0.8, 0.1, 0.1))
+    house.record(house.victim("vgg", network="vgg11"), "bcu", figures(0.8, 0.1, 0.1))
     house.record(clean, "none", figures(0.9459))
+    house.record(clean, "ft", figures(0.9459))
     house.record(clean, "none,attack=badnet", figures(0.9459, 0.0056, 0.9447))
     assert house.table(tables.overview(house.groups()), "BA / ASR / RA") == {
-        "BA / ASR / RA in %": ["no defense", "FT", "BCU", "ULRL", "UNIT", "UNIT 250", "ceiling of RA"],
-        "resnet18_badnet": ["93.56 / 100.00 / 0.00", "–", "–", "–", "90.73 / 1.29 / 89.92", "–", "94.47"],
-        "resnet18_wanet": ["–", "–", "–", "–", "91.00 / 50.00 / 25.00", "–", "–"],
-        "resnet18_none": ["94.59", "–", "–", "–", "–", "–", "–"],
-        "mean over attacks (how many)": [
-            "93.56 / 100.00 / 0.00 (1)", "–", "–", "–", "90.86 / 25.65 / 57.46 (2)", "–", ""
-        ],
-    }  # fmt: skip
+        "BA / ASR / RA in %": ["no defense", "FT", "UNIT", "ceiling of RA"],
+        "resnet18_badnet": ["93.56 / 100.00 / 0.00", "–", "90.73 / 1.29 / 89.92", "94.47"],
+        "resnet18-w0.25_badnet": ["–", "80.00 / 10.00 / 10.00", "–", "–"],
+    }
 
 
 def test_the_ceiling_is_of_the_same_network_and_images(house):
@@ -356,11 +356,12 @@ def test_the_run_on_the_usual_folder_also_writes_the_front_page_and_that_of_the_
     for page, name in zip(pages, ("overview", "victims"), strict=True):
         page.write_text(f"{tables.BEGIN.format(name)}\n{tables.END}\n")
     house.record(wide, "none", figures(0.5, 0.5, 0.25))
+    house.record(wide, "unit", figures(0.6, 0.1, 0.4))
     compare.main(["--no-run", "--results", str(house.folder / "elsewhere")])
     assert "|" not in pages[0].read_text() + pages[1].read_text()
     house.compare("--no-run")
     front, listed = (page.read_text() for page in pages)
-    assert "| resnet18_badnet (n = 2) | 50.00 / 50.00 / 25.00 |" in front
+    assert "| resnet18_badnet (n = 2) | 50.00 / 50.00 / 25.00 | 60.00 / 10.00 / 40.00 |" in front
     sums = [utils.sha256(path)[:16] for path in (wide, narrow)]
     assert [line for line in listed.splitlines() if line.startswith("| `")] == [
         "| `cifar10_resnet18_badnet.pt` | 1 | dirty-label, 10 %, resampled | 30 | 93.00 / 100.00 / 0.00 | 75.00 | 99 |"
