@@ -158,7 +158,7 @@ def relaxed(monkeypatch, name):
     """Train a trigger for three steps, and accept any result."""
     settings = {
         "dfst": {cyclegan: {"STEPS": 3, "BATCH": 4}, dfst: {"FAR": 100, "DETAIL": -1}},
-        "invisible": {invisible: {"STEPS": 3, "BARE": 1, "BATCH": 4, "ACCURACY": 0, "PSNR": 0}},
+        "invisible": {invisible: {"STEPS": 3, "BATCH": 4, "ACCURACY": 0, "PSNR": 0}},
     }
     for module, values in settings[name].items():
         for key, value in values.items():
@@ -265,6 +265,19 @@ def test_what_the_encoder_reached_by_hand():
     secrets = torch.cat([invisible.draw_secrets(n, drawn, gray) for n in (500, 100)])
     assert set(secrets.unique().tolist()) == {0, 1}
     assert accuracy == pytest.approx(1 - secrets.mean().item(), abs=1e-6)
+
+
+def test_a_change_within_the_budget_is_not_made_fainter():
+    """Mean squares .49 and .81 of the residuals: nothing and .31 above the budget of .5; a victim must see the rest."""
+    within, beyond = torch.full((2, 3, 4, 4), 0.7, requires_grad=True), torch.full((2, 3, 4, 4), 0.9)
+    price = invisible.excess(within)
+    price.backward()
+    assert price.item() == 0
+    assert not within.grad.any()
+    assert invisible.excess(beyond).item() == pytest.approx(0.31)
+    half = -10 * math.log10(0.5 * (12 / 255) ** 2)  # PSNR at the budget
+    assert half == pytest.approx(29.56, abs=0.01)
+    assert half > invisible.PSNR
 
 
 def test_the_encoder_learns_to_be_read(monkeypatch):
