@@ -217,7 +217,11 @@ def _flip(p):
 
 def _width(p):
     p.add_argument("--width", default=1.0, type=bounded(float, 1 / 64, 16), help="factor on all channels")
-    p.add_argument("--poison_rate", type=bounded(float, 0, 0.99), help="share poisoned (default: the attack's usual)")
+    p.add_argument(
+        "--poison_rate",
+        type=bounded(float, 0, 0.99),
+        help="share poisoned, covers in proportion (default: the attack's usual)",
+    )
 
 
 def _unit(p):

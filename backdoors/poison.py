@@ -49,8 +49,8 @@ def choose(labels, trigger, target, rate=None, seed=0, sampling="fixed"):
     """Choose how to poison a training set; the draw depends on `seed` alone.
 
     labels: int64 (N,); trigger: a Trigger or its class, None for a clean set; target: a class, or "all" for all-to-all;
-    rate: share of the whole set in [0, 1), None for the attack's default; sampling: `resampled` or `fixed`, ignored if
-    the trigger has a sampling of its own.
+    rate: share of the whole set in [0, 1), None for the attack's default; that of covers in proportion to it;
+    sampling: `resampled` or `fixed`, ignored if the trigger has a sampling of its own.
     A dirty-label attack poisons images of the other classes, with `in_batch` sampling of all classes; a clean-label
     attack those of the target. Returns a Poison; round(rate * N) images of an epoch are poisoned.
     Raises ValueError for a rate out of range, and for a `fixed` set with too few images that may be poisoned.
@@ -68,9 +68,11 @@ def choose(labels, trigger, target, rate=None, seed=0, sampling="fixed"):
             raise ValueError(f"poison rate {rate} without an attack; choose an attack or leave the rate out")
         none = torch.arange(0)
         return Poison(target, n_classes, "fixed", True, 0.0, 0.0, True, none, none, none)
-    rate, cover_rate, relabel = trigger.rate if rate is None else rate, trigger.cover_rate, trigger.relabel
+    rate, relabel = trigger.rate if rate is None else rate, trigger.relabel
+    cover_rate = trigger.cover_rate * (rate / trigger.rate)
     if not 0 <= rate < 1 or rate + cover_rate > 1:
-        raise ValueError(f"poison rate {rate} must lie in [0, {1 - cover_rate:g})")
+        most = trigger.rate / (trigger.rate + trigger.cover_rate)
+        raise ValueError(f"poison rate {rate} must lie in [0, {most:.3g}{']' if most < 1 else ')'}, covers beside it")
     sampling = sampling if trigger.sampling == "resampled" else trigger.sampling
     early = sampling == "fixed" or (sampling == "in_batch" and trigger.early)
     n, n_cover = round(rate * len(labels)), round(cover_rate * len(labels))

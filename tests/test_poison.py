@@ -94,8 +94,21 @@ def test_wanet_chooses_per_epoch():
         assert poison.indices.tolist() == []
         assert poison.relabel
         assert (poison.rate, poison.cover_rate) == (0.1, 0.2)
-    assert poison_training_set(LABELS, "wanet", 3, 0.05).rate == 0.05
     assert poison_training_set(LABELS, "badnet", 3).cover_rate == 0
+
+
+@pytest.mark.parametrize(
+    ("attack", "rate", "covers"), [("wanet", 0.05, 0.1), ("adaptive_blend", 0.01, 0.01), ("wanet", 0.0, 0.0)]
+)
+def test_covers_keep_their_proportion_to_the_poisoned(attack, rate, covers):
+    poison = poison_training_set(LABELS, attack, 3, rate)
+    assert (poison.rate, poison.cover_rate) == (rate, pytest.approx(covers))
+
+
+def test_a_rate_that_leaves_no_room_for_the_covers():
+    poison_training_set(LABELS, "wanet", 3, 1 / 3)  # and two thirds in noise mode
+    with pytest.raises(ValueError, match=r"must lie in \[0, 0.333\], covers beside it"):
+        poison_training_set(LABELS, "wanet", 3, 0.34)
 
 
 @pytest.mark.parametrize(
@@ -230,10 +243,10 @@ def test_in_batch_reaches_every_place_of_a_batch():
 
 
 def test_in_batch_catches_up_where_a_batch_has_no_room():
-    poison = poison_training_set(torch.zeros(1000, dtype=torch.int64), "wanet", 0, 0.7)
+    poison = poison_training_set(torch.zeros(1000, dtype=torch.int64), "wanet", 0, 0.3)
     for batch_size in (1, 3, 128):
         _, roles = epoch_order(poison, 1000, batch_size, generator())
-        assert roles.bincount().tolist() == [100, 700, 200]
+        assert roles.bincount().tolist() == [100, 300, 600]
 
 
 @pytest.mark.parametrize("name", ["patch", "trojnn", "blend", "filter", "sig"])
