@@ -181,10 +181,12 @@ def test_a_place_that_cannot_be_written_is_said_before_the_search(victim_file, t
     assert victim_file.read_bytes() == before
 
 
-def test_two_processes_find_the_same(victim_file, tmp_path, one_thread):
-    """torchrun shares the images among its processes; alphas agree exactly, bounds to rounding."""
+@pytest.mark.usefixtures("one_thread")
+def test_two_processes_find_the_same(victim_file, tmp_path):
+    """torchrun shares each step's images among its processes; alphas agree exactly, CE, R and bounds to rounding."""
     # with the default seed, on AVX-512, an activation meets its bound to the last bit: clipped in one, not in the other
     short = [*SMALL, "--ckpt", str(victim_file), "--n_steps", "4", "--lr", "0.01", "--seed", "1", "--data_rate", "0.5"]
+    short += ["--step_images", "151"]  # of 200
     folders = [tmp_path / "1", tmp_path / "2"]
     alone, shared = ([*short, "--out", str(f / "d.pt"), "--results", str(f), "--outdir", str(f)] for f in folders)
     process = command("unit.py", *shared, launcher=TORCHRUN, cwd=tmp_path)
@@ -195,12 +197,14 @@ def test_two_processes_find_the_same(victim_file, tmp_path, one_thread):
     paths = [next(folder.rglob("*.json")) for folder in folders]
     one, two = (json.loads(path.read_text()) for path in paths)
     paths = [path.with_suffix(".npz") for path in paths]
-    alphas, accuracies = ([np.load(p)[k].tolist() for p in paths] for k in ("alpha", "valid_acc"))
+    alphas, accuracies, ce, reg = ([np.load(p)[k].tolist() for p in paths] for k in ("alpha", "valid_acc", "ce", "reg"))
     bounds_one, bounds_two = (utils.load_checkpoint(folder / "d.pt")["bounds"] for folder in folders)
     assert (one["machine"]["processes"], two["machine"]["processes"]) == (1, 2)
     assert alphas[0] == alphas[1]
     assert one["best_step"] == two["best_step"]
     assert accuracies[0] == accuracies[1]
+    np.testing.assert_allclose(*ce, rtol=1e-4)
+    np.testing.assert_allclose(*reg, rtol=1e-6)
     for name in bounds_one:
         difference = (bounds_two[name] - bounds_one[name]).abs()
         # an activation that meets its bound to the last bit may be clipped in one and not in the other

@@ -4,7 +4,6 @@ import flags
 
 import copy
 import io
-import json
 import math
 import types
 import warnings
@@ -19,8 +18,7 @@ import torch.nn.functional as F
 import fast
 import models
 import unit
-import utils
-from tests.running import SMALL, TORCHRUN, command, run_unit
+from tests.running import run_unit
 from unit import AlphaSchedule, UnitConfig, tighten
 
 
@@ -338,28 +336,6 @@ def test_a_step_is_of_its_images_alone_and_micro_batches_give_the_same_sum(tiny,
         tiny.set_submodule(name, Literal(bound))
     chosen = drawn(50, config, 0)
     assert ce == pytest.approx(F.cross_entropy(tiny(some[0][chosen]), some[1][chosen]).item(), rel=1e-5)
-
-
-@pytest.mark.usefixtures("few_test_images", "one_thread")
-def test_two_processes_give_one_sum_on_step_images(victim_file, tmp_path):
-    short = ["--ckpt", str(victim_file), "--n_steps", "2", "--lr", "0.01", "--data_rate", "0.4", "--step_images", "31"]
-    folders = [tmp_path / "1", tmp_path / "2"]
-    alone, shared = (
-        [*SMALL, *short, "--out", str(f / "d.pt"), "--results", str(f / "r"), "--outdir", str(f)] for f in folders
-    )
-    process = command("unit.py", *shared, launcher=TORCHRUN, cwd=tmp_path)
-    unit.main(alone)  # meanwhile
-    _, err = process.communicate()
-    assert process.returncode == 0, err
-    records = [json.loads(next((f / "r").rglob("*.json")).read_text()) for f in folders]
-    assert [record["machine"]["processes"] for record in records] == [1, 2]
-    assert records[0]["R"] == pytest.approx(records[1]["R"], rel=1e-6)
-    trajectories = [np.load(next((f / "r").rglob("*.npz"))) for f in folders]
-    np.testing.assert_allclose(*(t["ce"] for t in trajectories), rtol=1e-4)
-    one, two = (utils.load_checkpoint(f / "d.pt")["bounds"] for f in folders)
-    for name in one:
-        # an activation that meets its bound to the last bit may be clipped in one and not in the other
-        assert ((one[name] - two[name]).abs() > 1e-5).float().mean() < 1e-3, name
 
 
 def test_more_step_images_than_there_are_end_in_status_2(victim_file, tmp_path, capsys):
