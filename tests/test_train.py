@@ -267,14 +267,16 @@ def test_a_step_leaves_the_gradient_of_the_mean_loss(n):
             torch.testing.assert_close(p.grad, q.grad, rtol=1e-3, atol=1e-5)
 
 
-def test_it_learns(tmp_path):
+def test_it_learns(tmp_path, monkeypatch):
     """A few epochs on the sample beat chance by far, on training labels and on test images."""
+    monkeypatch.setattr(train, "QUICK", 50)  # after each epoch; the result is measured on all test images
     out = tmp_path / "v.pt"
     flags = ["--dataset", "cifar10_sample", "--width", "0.0625", "--epochs", "12", "--batch_size", "25"]
     train.main([*flags, "--attack", "badnet", "--lr", "0.05", "--ckpt", str(out)])
-    history = torch.load(out, weights_only=True)["history"]
+    saved = torch.load(out, weights_only=True)
+    history = saved["history"]
     assert history[-1]["accuracy"] > 0.3
-    assert history[-1]["BA"] > 0.2
+    assert saved["BA"] > 0.2
     assert history[-1]["loss"] < history[0]["loss"] - 0.3
 
 
