@@ -34,7 +34,7 @@ CHEAPEST = ("none", "clp", "ulrl", "seam", "fst", "rnp", "fp", "ft", "nad", "i_b
 CHEAPEST += ("ft_sam", "bcu", "nc", "unit")
 POLL = 0.1  # seconds between two looks at the runs
 PAGES = {"README.md": ("# Figures", ["averages"]), "attacks.md": ("# Attack by attack", ["grids", "detections"])}
-PAGES |= {"runs.md": ("# Every run", ["details"])}
+PAGES |= {"networks.md": ("# Other networks and data sets", ["networks"]), "runs.md": ("# Every run", ["details"])}
 
 
 # --- what is to be run ------------------------------------------------------------------------------------------------
@@ -169,7 +169,11 @@ def write_tables(victims, args):
     """Write the tables of the records that there are."""
     groups, results = grouped(victims), Path(args.results)
     made = {"averages": tables.averages(groups), "grids": tables.grids(groups)}
-    made |= {"detections": tables.detections(victims), "details": tables.details(victims)}
+    made |= {
+        "networks": tables.networks(groups),
+        "detections": tables.detections(victims),
+        "details": tables.details(victims),
+    }
     for name, (title, marks) in PAGES.items():
         page = results / name
         if not page.exists():

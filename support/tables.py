@@ -1,6 +1,6 @@
 """The tables, in Markdown, and how they get into a page: between two marks, so that no figure is typed by hand."""
 
-from flags import ATTACKS, DEFENSES, InputError
+from flags import ATTACKS, DEFENSES, InputError, parser
 
 import statistics
 
@@ -64,12 +64,16 @@ def mean_of_means(groups, cell, key):
 
 
 def panels(groups):
-    """Return {panel: its groups}, of the groups that have a record in the tables."""
+    """Return {panel: its groups}, of the groups that have a record in the tables.
+
+    Where there are networks under several attacks, those under a single one are left to networks() and details().
+    """
     found = {}
     for group in groups:
         if any(group.values(cell, "BA") for cell in NAMES):
             found.setdefault(group.panel, []).append(group)
-    return found
+    several = {p: of for p, of in found.items() if sum(g.attack != "none" for g in of) > 1}
+    return several or found
 
 
 def overview(groups):
@@ -189,6 +193,27 @@ def detections(victims):
     said = [f"{sum(of)} of {len(of)} {kind} networks" for kind, of in sorted(right.items())]
     header = ["network", "target", "suspected class (index)", "class of the smallest patch (index)", "right"]
     return f"Right on {' and '.join(said)}.\n\n{markdown(header, rows)}"
+
+
+def networks(groups):
+    """Return the table of networks other than ResNet-18 and of other data sets: how they are made, what UNIT does.
+
+    Empty where there is none. UNIT is the run over all images, or, where that has no record, UNIT 250.
+    """
+    usual, rows = parser("train.py"), []
+    for group in groups:
+        recipe = group.recipe
+        unit = next((c for c in ("unit", "unit,step_images=250") if group.values(c, "BA")), None)
+        if (recipe["network"], recipe["dataset"]) == ("resnet18", "cifar10") or unit is None:
+            continue
+        shown = ("attack", "dataset", "network", "width", "epochs", "lr", "sampling", "size", "target")
+        given = [f"--{k} {recipe[k]}" for k in shown if recipe[k] not in (None, usual.get_default(k)) or k == "attack"]
+        n = f" (n = {len(group.victims)})" if len(group.victims) > 1 else ""
+        measured = [[spread(group.values(c, key), 2) for key in ("BA", "ASR", "RA")] for c in ("none", unit)]
+        name = f"{group.panel}, {group.name}{n}"
+        rows.append([name, f"`train.py {' '.join(given)}`", *map(" / ".join, measured), NAMES[unit]])
+    header = ["network, attack", "made by", "BA / ASR / RA in %", "after UNIT", "run"]
+    return markdown(header, rows) if rows else ""
 
 
 def victim_table(victims):

@@ -315,6 +315,38 @@ def test_every_record_is_a_line_of_the_runs(house):
     ]
 
 
+def test_another_network_or_data_set_is_a_line_of_its_own_page(house):
+    for attack in ("badnet", "wanet"):
+        path = house.victim(attack, attack)
+        house.record(path, "none", figures(0.9, 1.0, 0.0))
+        house.record(path, "unit", figures(0.89, 0.5, 0.25))
+    wide, clothes, alone = (
+        house.victim("vgg", network="vgg11", width=0.5, epochs=24),
+        house.victim("clothes", "wanet", 0.25, dataset="fashion_mnist"),
+        house.victim("wrn", network="wideresnet16"),
+    )
+    for path in (wide, clothes, alone):
+        extra = ",dataset=fashion_mnist" if path == clothes else ""
+        house.record(path, f"none{extra}", figures(0.86, 1.0, 0.0))
+    house.record(wide, "unit,step_images=250", figures(0.83, 0.03, 0.81))
+    house.record(clothes, "unit,dataset=fashion_mnist,step_images=250", figures(0.7, 0.3, 0.1))
+    house.record(clothes, "unit,dataset=fashion_mnist", figures(0.8, 0.2, 0.1))
+    house.compare("--no-run")
+    table = (house.results / "networks.md").read_text().partition(tables.BEGIN.format("networks") + "\n")[2]
+    assert house.table(table.partition(tables.END)[0].strip(), "network, attack") == {
+        "network, attack": ["made by", "BA / ASR / RA in %", "after UNIT", "run"],
+        "vgg11-w0.5, badnet": [
+            "`train.py --attack badnet --network vgg11 --width 0.5 --epochs 24`",
+            "86.00 / 100.00 / 0.00", "83.00 / 3.00 / 81.00", "UNIT 250",
+        ],
+        "fashion_mnist_resnet18-w0.25, wanet": [
+            "`train.py --attack wanet --dataset fashion_mnist --width 0.25`",
+            "86.00 / 100.00 / 0.00", "80.00 / 20.00 / 10.00", "UNIT",
+        ],
+    }  # fmt: skip
+    assert list(tables.panels(house.groups())) == ["resnet18"]  # of several attacks
+
+
 def test_how_often_the_detector_is_right(house):
     """Right is the target alone; another class, another one beside it or none at all are wrong."""
     index = [0.5, 0.25, 3.0, 2.5, 1.0]
