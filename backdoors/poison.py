@@ -81,7 +81,8 @@ def choose(labels, trigger, target, rate=None, seed=0, sampling="fixed"):
         pool = pool[(labels != target) if relabel else (labels == target)]
     if sampling == "fixed" and n + n_cover > len(pool):
         which = f"outside class {target}" if relabel else f"of class {target}"
-        raise ValueError(f"poison rate {rate} asks for {n} images {which}, of which there are {len(pool)}; lower it")
+        asked = f"{n} images" if not n_cover else f"{n} images and {n_cover} covers"
+        raise ValueError(f"poison rate {rate} asks for {asked} {which}, of which there are {len(pool)}; lower it")
     if n and not len(pool):
         raise ValueError(f"no image may be poisoned with target {target}; choose another target")
     order = pool[torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed))]

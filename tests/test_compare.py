@@ -379,6 +379,31 @@ def test_how_often_the_detector_is_right(house):
     assert said in (house.results / "attacks.md").read_text()
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda r: r.pop("findings"),
+        lambda r: r["findings"].pop("anomaly_index"),
+        lambda r: r["findings"].update(norms=[], anomaly_index=[], suspicious=[]),
+        lambda r: r["findings"].update(norms=[1.0]),
+        lambda r: r["findings"].update(norms=["a", "b"]),
+        lambda r: r["findings"].update(suspicious=[7]),
+        lambda r: r["findings"].update(suspicious=None),
+    ],
+)
+def test_a_record_of_nc_whose_findings_are_damaged_is_named(house, damage):
+    path = house.victim("a")
+    findings = {"suspicious": [0], "norms": [1.0, 2.0], "anomaly_index": [3.0, 0.5], "outcome": ""}
+    house.record(path, "nc", figures(0.9, 0.5, 0.5), findings=findings)
+    file = house.results / path.stem / "nc.json"
+    assert records.read(file)["findings"] == findings
+    record = json.loads(file.read_text())
+    damage(record)
+    file.write_text(json.dumps(record))
+    with pytest.raises(InputError, match="nc.json is no record of a run; move it elsewhere"):
+        house.compare("--no-run")
+
+
 def test_the_run_on_the_usual_folder_also_writes_the_front_page_and_that_of_the_victims(house, monkeypatch):
     wide, narrow = house.victim("resnet18_badnet"), house.victim("resnet18-w0.25_none", "none", 0.25)
     house.victim("resnet18_badnet_seed2", seed=2)  # remade by a command, and not listed

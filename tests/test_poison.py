@@ -121,6 +121,12 @@ def test_poison_rates_that_cannot_be(attack, rate):
             poison_training_set(LABELS, attack, 0, rate, sampling=sampling)
 
 
+def test_the_images_asked_for_are_told_with_their_covers():
+    labels = torch.arange(10).repeat(50)
+    with pytest.raises(ValueError, match="asks for 250 images and 250 covers outside class 0, of which there are 450"):
+        poison_training_set(labels, "adaptive_blend", 0, 0.5)
+
+
 def test_unknown_sampling():
     with pytest.raises(ValueError, match="there are resampled, fixed"):
         poison_training_set(LABELS, "badnet", 0, sampling="in_batch")
