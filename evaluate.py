@@ -2,10 +2,10 @@
 
     python evaluate.py --attack badnet                                                # the victim
     python evaluate.py --attack badnet --ckpt ckpt/cifar10_resnet18_badnet_unit.pt    # after unit.py
-    python evaluate.py --attack folder:bd_test_dataset --ckpt theirs.pt               # anybody's triggered images
+    python evaluate.py --attack folder:bd_test_dataset --ckpt theirs.pt               # triggered images in a folder
 
-prints these three, the accuracy on the target class and the counts, and writes demo_{attack}.png: 16 test images,
-clean, triggered, and the difference of the two.
+It prints these three, the accuracy on the target class and the numbers of images. It writes demo_{attack}.png: 16 test
+images, clean, triggered, and the difference of the two.
 """
 
 import flags  # first: it answers --help and a wrong flag before torch is imported
@@ -53,8 +53,8 @@ def evaluate(model, images, labels, backdoor, target, batch_size=128, dtype=torc
 
     model: images in [0, 1] to logits (N, num_classes) or an object with `.logits`; it is put into eval mode; images:
     uint8 or float in [0, 1], (N, 3, H, W); labels: int64 (N,); backdoor: the trigger, or None for BA alone; target: a
-    class, or "all" for all-to-all; batch_size: images per forward pass, on a GPU at least 1,000; dtype: autocast's;
-    triggered: (triggered images, their true labels, ...), any number of them, instead of a backdoor.
+    class, or "all" for all-to-all; batch_size: images per forward pass, on a GPU at least 1,000; dtype: of autocast.
+    triggered: instead of a backdoor, a tuple whose first items are images that carry a trigger and their true labels.
     Returns a Measured. Raises InputError without images, or without one of another class than the target.
     """
     if len(images) == 0:

@@ -155,7 +155,7 @@ def _network(p, plants=False):
 
     plants: whether the command itself puts triggers on images; all others also take triggered images.
     """
-    known, own = (("none", *ATTACKS), ()) if plants else (("none", "file", *ATTACKS), ("folder",))
+    known, kinds = (("none", *ATTACKS), ()) if plants else (("none", "file", *ATTACKS), ("folder",))
     own_images = "; file: the checkpoint's own triggered images; folder:PATH: triggered images in a folder per class"
     also = "" if plants else own_images
     p.add_argument("--datadir", default=str(ROOT / "data"), help="folder of the data sets")
@@ -165,13 +165,15 @@ def _network(p, plants=False):
         "--network", default=Unsaid("resnet18"), type=network, metavar="NAME",
         help=f"network of the victim: {', '.join(NETWORKS)}, torchvision:NAME, timm:NAME",
     )  # fmt: skip
-    p.add_argument("--attack", default=Unsaid("badnet"), type=one_of(known, *own), help=f"{', '.join(known)}{also}")
+    p.add_argument("--attack", default=Unsaid("badnet"), type=one_of(known, *kinds), help=f"{', '.join(known)}{also}")
     if plants:  # plain strings, because they are saved in the checkpoint
         p.set_defaults(network="resnet18", attack="badnet")
-    for name, usual in (("mean", "the checkpoint's, else the known one of best accuracy"), ("std", "that of --mean")):
+    names = ", ".join(NORMALIZATIONS) if plants else f"{', '.join(NORMALIZATIONS)}, auto"
+    own = "authors" if plants else "the checkpoint's, else the known one of best accuracy"
+    for name, usual in (("mean", own), ("std", "that of --mean")):
         p.add_argument(
             f"--{name}", nargs="+", type=_of_normalization, metavar="VALUE",
-            help=f"normalization: three numbers or {', '.join(NORMALIZATIONS)}, auto (default: {usual})",
+            help=f"normalization: three numbers or {names} (default: {usual})",
         )  # fmt: skip
     p.add_argument("--seed", default=1024, type=SEED, help="seed of the random draws")
     p.add_argument("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"), help="where to compute")
@@ -215,12 +217,12 @@ def _flip(p):
     )  # fmt: skip
 
 
-def _width(p):
-    p.add_argument("--width", default=1.0, type=bounded(float, 1 / 64, 16), help="factor on all channels")
+def _width(p, whose=""):
+    p.add_argument("--width", default=1.0, type=bounded(float, 1 / 64, 16), help=f"{whose}factor on all channels")
     p.add_argument(
         "--poison_rate",
         type=bounded(float, 0, 0.99),
-        help="share poisoned, covers in proportion (default: the attack's usual)",
+        help=f"{whose}share poisoned, covers in proportion (default: the attack's usual)",
     )
 
 
@@ -278,8 +280,10 @@ def _defend(p):
     p.add_argument("--defense", required=True, choices=("none", *DEFENSES, "dbd"), help="none: measure the victim")
     _defense_data(p, "the method's own; all of cifar10_sample")
     _flip(p)
-    p.add_argument("--epochs", nargs="+", type=COUNT, help="one number; for dbd three, one per stage")
-    _width(p)
+    p.add_argument(
+        "--epochs", nargs="+", type=COUNT, help="one number; for dbd three, one per stage (default: the method's own)"
+    )
+    _width(p, "dbd: ")
     _resume(p)
     p.add_argument("--overwrite", action="store_true", help="dbd: train again if the result exists")
     _victim(p)

@@ -5,7 +5,7 @@
     python unit.py --attack badnet --dataset cifar10_sample --n_steps 60    # 500 embedded images, no download
 
 Every neuron of a trained network gets an upper bound on its activation, as tight as a small loss of accuracy on clean
-images allows. Activations are clipped there, also the abnormally large ones of a trigger. The weights do not change.
+images allows. Activations are clipped there, so that abnormally large ones do not pass. The weights do not change.
 """
 
 import flags  # first: it answers --help and a wrong flag before torch is imported
@@ -46,7 +46,7 @@ class UnitConfig:
     alpha_down: float = 2**1.5  # divisor after `patience` bad steps in a row
     patience: int = 5
     betas: tuple[float, float] = (0.5, 0.9)  # of Adam
-    eps: float = 1e-8  # of Adam; it matters, because the gradient of alpha * R is itself about 1e-8
+    eps: float = 1e-8  # of Adam; it matters, because the gradient of alpha * R is about as small
     seed: int = 0  # of the draw of step_images
     micro_batch: int | None = None  # images per forward pass, None: by device; it changes only rounding
     precision: str = "fp32"  # of the network's arithmetic, or bf16; the bounds are always fp32

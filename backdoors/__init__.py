@@ -1,9 +1,9 @@
 """Triggers by name, and how a training set is poisoned with them.
 
-A new trigger is a module here with a subclass of trigger.Trigger, a line in TRIGGERS, and its name in flags.ATTACKS.
-The class takes (folder, size) and maps (N, 3, H, W) in [0, 1] to the same. Its state lies in buffers or parameters,
-which the victim's checkpoint stores. A trigger with networks takes (folder, size, width) and has a class attribute
-`width`.
+A new trigger is a module here (copy badnet.py) with a subclass of trigger.Trigger, a line in TRIGGERS, and its name in
+flags.ATTACKS; every command then takes it. The class takes (folder, size) and maps (N, 3, H, W) in [0, 1] to the same.
+Its state lies in buffers or parameters, which the victim's checkpoint stores. A trigger with networks takes
+(folder, size, width) and has a class attribute `width`.
 """
 
 from pathlib import Path

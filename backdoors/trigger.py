@@ -15,8 +15,8 @@ class Trigger(nn.Module):
     sampling: how a training set is drawn, see poison.py. early: whether, with sampling `in_batch`, the trigger comes
     before augmentation. times: factor on the difference shown in the trigger's picture. surrogate: whether prepare()
     needs a clean network. all_to_all: whether the attack can map each class to the next. flip: whether augmentation
-    mirrors the images, set by train.py. width: for a learned trigger, the channels of its networks' first layer, whose
-    default two cores can train; its class takes (folder, size, width). None for any other trigger.
+    mirrors the images, set by train.py. width: for a learned trigger, the default number of channels of its networks'
+    first layer, and its class takes (folder, size, width); None for any other trigger.
     """
 
     rate = 0.10

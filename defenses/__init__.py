@@ -9,9 +9,9 @@ and the tests then find it. The module has
 - `repair(model, images, labels, config, seed, dtype, callback, state)`, which leaves `model` unchanged and returns a
   Repaired: a network of the same architecture in eval mode, history and findings as plain values. The finding
   `outcome` is a sentence for the table. `images`: uint8 (N, 3, H, W) on the model's device; `labels`: int64 (N,), or
-  None where uses_labels is False. After each epoch it calls `callback(figures, state_of)`, state_of being a function
-  that returns the state of the run. Called with that as `state` and otherwise the same arguments, it resumes and gives
-  the same bits (common.Training does both).
+  None where uses_labels is False. After each epoch it calls `callback(figures, state_of)`; state_of() returns the
+  state of the run. Called with that `state` and otherwise the same arguments, it resumes and gives the same bits
+  (common.Training does both).
 
 dbd.py repairs no victim: it trains on the poisoned images, by its own train().
 """

@@ -33,7 +33,7 @@ def linear_layer(model):
 
 
 def forward(net, x, dtype):
-    """Return the float32 logits of `net`, computed under autocast to `dtype`, in its training's memory layout."""
+    """Return the float32 logits of `net`, computed under autocast to `dtype` in the memory layout it trains in."""
     with utils.autocast(x.device, dtype):
         return net(x.contiguous(memory_format=fast.training_layout(net))).float()
 
@@ -42,8 +42,9 @@ def train_epoch(images, config, optimizer, generator, loss_of, clip_norm=None):
     """Train for one epoch in place, with random crop and flip.
 
     images: uint8 (N, 3, H, W); config: has batch_size and flip; generator: on the CPU, draws order and augmentation;
-    loss_of: (float images (B, 3, H, W) in [0, 1], index int64 (B,)) to (loss to minimize, bool (B,) whether each image
-    is classified correctly); clip_norm: bound on the norm of the gradient. Returns (mean loss, accuracy).
+    loss_of: a function of a batch, (float images (B, 3, H, W) in [0, 1], their indices int64 (B,)), that returns (loss
+    to minimize, bool (B,) whether each image is classified correctly); clip_norm: largest norm of the gradient, None
+    for no limit. Returns (mean loss, accuracy).
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     total = torch.zeros(2, device=images.device)

@@ -26,10 +26,10 @@ __all__ = ["search_network", "training_copy", "training_layout", "training_step"
 def search_network(model, x, dtype, n_images, plain=False):
     """Return (frozen copy of `model` to search bounds on, {site: shape}, class of its clipping modules).
 
-    model: any network that models.activation_sites() accepts, with the errors of that; x: two or more images
-    (N, 3, H, W); dtype: of its convolutions, activations and logits; n_images: forward passes over all steps, in
-    images; plain: True for the reference, models.frozen_copy() and models.ClippedReLU.
-    Batch norm is folded in bf16, where that gives the same function. It is not in fp32, where the rounding of folded
+    model: any network that models.activation_sites() accepts; x: two or more images (N, 3, H, W); dtype: of its
+    convolutions, activations and logits; n_images: images that pass forward in all steps together; plain: True for the
+    reference, models.frozen_copy() and models.ClippedReLU. Raises ValueError as models.activation_sites() does.
+    In bf16 batch norm is folded if that gives the same function; in fp32 it is not, because the rounding of folded
     weights shows late in a search. A network that does not cast its input to its weights' type runs under autocast.
     """
     device = next(model.parameters()).device
@@ -60,7 +60,7 @@ def search_network(model, x, dtype, n_images, plain=False):
 def _keep_inputs(net, x):
     """Turn the in-place modules of `net` into ordinary ones, unless that changes its logits for x.
 
-    Clipping an activation computed in place costs one more pass over memory.
+    An activation that is computed in place costs one more pass over memory when it is clipped.
     """
     before, changed = models.logits(net(x)), [m for m in net.modules() if getattr(m, "inplace", False) is True]
     for module in changed:

@@ -14,7 +14,7 @@ from . import kernels
 
 
 def clip_layer(device, dtype, n_images):
-    """Return the class of the clipping activation for a search of n_images forward passes over all steps.
+    """Return the class of the clipping activation for a search that passes n_images forward in all steps together.
 
     Its passes are compiled in bf16 on a CPU with a C++ compiler, if the search is long enough to gain from it.
     """
@@ -40,7 +40,7 @@ class FastClippedReLU(models.ClippedReLU):
 
 
 class _ReLUClip(torch.autograd.Function):
-    """The clip of x (N, C, H, W) or (N, ...) at c, fp32 (C, H, W) or (...).
+    """min(ReLU(x), c) with its gradients; x: (N, C, H, W) or (N, ...), c: fp32 (C, H, W) or (...).
 
     It works on flat rows (N, features), for maps in channels-last order.
     """
@@ -70,7 +70,7 @@ def _clip(rows, level):
 
 
 def _gradients(grad, rows, level, to_rows=True):
-    """Return the gradients of _clip by rows (None unless to_rows) and by level, fp32 (F,), summed over the images.
+    """Return the gradients of _clip() for rows (None unless to_rows) and for level, fp32 (F,), summed over the images.
 
     At a tie, rows = level > 0, each of the two gets half, as in torch.minimum.
     """
@@ -90,7 +90,7 @@ def _rows(t):
 
 
 def _unrows(rows, like):
-    """Return rows (N, features) in the shape of `like` but for N: the inverse of _rows()."""
+    """Return rows (N, features) as (N, *like.shape[1:]): the inverse of _rows()."""
     if like.dim() != 4:
         return rows.view(len(rows), *like.shape[1:])
     _, c, h, w = like.shape

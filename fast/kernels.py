@@ -31,9 +31,9 @@ def clip(rows, level):
 
 
 def clip_gradients(grad, rows, level, to_rows=True):
-    """Return the gradients of clip() by rows, (N, F) or None unless to_rows, and by level, fp32 (F,).
+    """Return the gradients of clip() for rows, (N, F) or None unless to_rows, and for level, fp32 (F,).
 
-    The latter is summed over the images in fp32 in a fixed order. At a tie each of the two gets half.
+    That for level is summed over the images in fp32 in a fixed order. At a tie, rows = level, each gets half.
     """
     grad, rows = grad.contiguous(), rows.contiguous()
     n, f = rows.shape

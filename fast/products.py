@@ -1,8 +1,8 @@
 """Convolutions with small output maps, computed as matrix products: the same sums in another order.
 
-For processors with AMX. There oneDNN (torch 2.13) runs the last stage of a ResNet-18 (4x4 maps) in bf16 at a third of
-the speed of a matrix product in the forward pass and for the input's gradient, and at a tenth for the weights'; in fp32
-at two thirds.
+For processors with AMX. There oneDNN (torch 2.13) runs the last stage of a ResNet-18 (4x4 maps) more slowly than a
+matrix product: in bf16 at a third of its speed in the forward pass and for the input's gradient, and at a tenth for the
+weights' gradient; in fp32 at two thirds.
 """
 
 import math
@@ -37,6 +37,8 @@ def _is_plain(conv):
 
 
 class _SmallMapConv2d(nn.Conv2d):
+    """A convolution that uses matrix products where its output map is small, in training or if `in_eval`."""
+
     @classmethod
     def in_place_of(cls, conv, dtype, in_eval):
         """Return a _SmallMapConv2d with the parameters of `conv`."""

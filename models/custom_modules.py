@@ -1,4 +1,4 @@
-"""The clipping activation, and putting it into a network and removing it."""
+"""The clipping activation; how it is put into a network and taken out."""
 
 import copy
 
@@ -39,7 +39,7 @@ class ClippedReLU(Clip):
 
 
 def weights_device(model):
-    """Return the device of the network's weights. Raises ValueError for TorchScript and for other than float32."""
+    """Return the device of the network's weights. Raises ValueError for TorchScript, and unless all are float32."""
     if isinstance(model, torch.jit.ScriptModule):
         raise ValueError("the network is TorchScript, which hides its activations; give its nn.Module")
     weights = [p for p in model.parameters() if p.is_floating_point()]

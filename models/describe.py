@@ -9,14 +9,15 @@ import torch
 
 from .networks import NETWORKS, get_model
 
-# what a file may ask for
+# the largest that a file may ask for
 MAX_WIDTH, MAX_CLASSES, MAX_PARAMETERS = 16, 100_000, 2**30
 
 
 def shown_size(state):
-    """Return the side of the images that position embeddings are for, as timm, torchvision and vit name them, or None.
+    """Return the side, in pixels, of the images that position embeddings are made for; None without embeddings.
 
-    state: {key: tensor}; a square grid of patches is assumed, and fewer tokens beside it than one more row would have.
+    state: {key: tensor}, with the keys of timm's, torchvision's or our vision transformers. The patches are taken to be
+    a square grid; beside them there may be a few other tokens, such as the class token.
     """
     for position, patches in (("pos_embed", "patch_embed.proj.weight"), ("encoder.pos_embedding", "conv_proj.weight")):
         if position in state and patches in state and state[position].dim() == 3 and state[patches].dim() == 4:
@@ -25,12 +26,12 @@ def shown_size(state):
 
 
 def describe_state_dict(state, network=None):
-    """Return {"network", "width", "num_classes"} of a state dict; of what size its images are, see shown_size().
+    """Return {"network", "width", "num_classes"} of a state dict; shown_size() tells the size of its images.
 
-    state: {key: tensor}; network: the name that it has to be of, None for any of NETWORKS. Keys and shapes have to fit
-    that network exactly, save for batch norm's num_batches_tracked, which may be absent.
+    state: {key: tensor}; network: the required name, None for any of NETWORKS. Keys and shapes must be exactly those
+    of the network; only batch norm's num_batches_tracked may be absent.
     Raises ValueError, in one line, with the closest network and the first keys that differ; InputError for a library
-    that is not there.
+    that is not installed.
     """
     misfits = []
     for name in [network] if network else NETWORKS:
@@ -46,7 +47,7 @@ def describe_state_dict(state, network=None):
 
 
 def _fit(state, name):
-    """Return the description of `state` as the network `name`, else (how many keys differ, which, in a line)."""
+    """Return the description of `state` as the network `name`, else (number of keys that differ, a line about them)."""
     size = shown_size(state)
     kwargs = {"size": size} if size and (name == "vit" or name not in NETWORKS) else {}
     try:
@@ -74,7 +75,7 @@ def _some(keys):
 
 
 def _ratio(state, one, other):
-    """Return a key's size in `state` over that in `one`, of the first that `other` has another for; None without."""
+    """Return size in `state` / size in `one` on the first axis on which `one` and `other` differ; None if none does."""
     for key, shape in one.items():
         if key in state and key in other and state[key].dim() == len(shape):
             for size, a, b in zip(state[key].shape, shape, other[key], strict=True):
@@ -85,14 +86,14 @@ def _ratio(state, one, other):
 
 @functools.cache
 def _references(name, **kwargs):
-    """Return the shapes of a network with two classes; twice as wide, where it has a width; with three classes."""
+    """Return {key: shape} of a network with two classes; of one twice as wide, if it has widths; with three classes."""
     small = _shapes(name, 2, 1.0, **kwargs)
     wide = _shapes(name, 2, 2.0, **kwargs) if name in NETWORKS else small
     return small, wide, _shapes(name, 3, 1.0, **kwargs)
 
 
 def _shapes(name, num_classes, width, **kwargs):
-    """Return {key: shape} of a network; without its memory where its construction allows that."""
+    """Return {key: shape} of a network; its memory is not allocated where its constructor works without."""
     try:
         with torch.device("meta"):
             model = get_model(name, num_classes, width, **kwargs)

@@ -1,4 +1,4 @@
-"""Networks of torchvision and timm, behind a door that normalizes, resizes where they need it, and unwraps outputs."""
+"""Networks of torchvision and timm in a wrapper that normalizes, resizes to a fixed input size, and returns logits."""
 
 from flags import InputError
 
@@ -14,9 +14,9 @@ _declared = []  # keeps alive what _torchvision() declares
 
 
 def _torchvision():
-    """Return the module torchvision, also where it was built for another torch than the one here.
+    """Return the module torchvision, even if it was built for another torch than the one here.
 
-    Its import then fails for want of its compiled operators. No network of it needs them: they are declared only.
+    Its import then fails because its compiled operators are missing. No network needs them, so they are only declared.
     """
     for _ in range(99):
         try:
@@ -31,7 +31,7 @@ def _torchvision():
 
 
 def library(name):
-    """Return the module of a library, torchvision or timm. Raises InputError where it is not there."""
+    """Return the module of a library, torchvision or timm. Raises InputError where it cannot be imported."""
     try:
         torchvision = _torchvision()  # timm needs it too
         return torchvision if name == "torchvision" else importlib.import_module(name)
@@ -41,7 +41,7 @@ def library(name):
 
 
 def _build(name, num_classes, size):
-    """Return (the network of the library, the side of the only images it takes, or None for any)."""
+    """Return (the network of the library, the side of the images that it takes, None if it takes any)."""
     where, _, name = name.partition(":")
     module = library(where)
     if where == "torchvision":
@@ -61,10 +61,10 @@ def _build(name, num_classes, size):
 class FromLibrary(Normalized):
     """A network of torchvision's or timm's: images (N, 3, H, W) in [0, 1] to logits (N, num_classes).
 
-    name: `torchvision:NAME` or `timm:NAME`; size: the side of the images that its weights are for, where they are for
-    one alone (position embeddings), None for the library's default. Images of another are resized to it bilinearly.
-    Its state dict is that of the library's own. Raises InputError where the library is missing, ValueError for a name
-    that it does not have, and for a width, which none of its networks has.
+    name: `torchvision:NAME` or `timm:NAME`; width: 1, as these networks have no other. size: the side of the images
+    for a network that takes one size alone (position embeddings), None for the library's default; images of another
+    size are resized to it bilinearly. The state dict is that of the library's network.
+    Raises InputError where the library cannot be imported, ValueError for an unknown name and for another width.
     """
 
     def __init__(self, name, num_classes=10, width=1.0, mean=MEAN, std=STD, size=None):

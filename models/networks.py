@@ -32,7 +32,7 @@ def get_model(name, num_classes=10, width=1.0, **kwargs):
     name: a key of NETWORKS, or `torchvision:NAME` or `timm:NAME`; width: factor on all channels, 1 for a library's;
     kwargs go to the network: `mean` and `std` (the authors' by default), `act_layer` (not of a library's), `size` (vit,
     and a library's).
-    Raises ValueError for an unknown name or a width that cannot be, InputError for a library that is not there.
+    Raises ValueError for an unknown name or an impossible width, InputError for a library that is not installed.
     """
     if name.partition(":")[0] in LIBRARIES:
         return FromLibrary(name, num_classes, width, **kwargs)

@@ -1,4 +1,4 @@
-"""PreActResNet-18 for 32x32 images (He et al., ECCV 2016), with the state dict keys of BackdoorBench's."""
+"""PreActResNet-18 for 32x32 images (He et al., ECCV 2016), with BackdoorBench's state dict keys."""
 
 import torch.nn.functional as F
 from torch import nn

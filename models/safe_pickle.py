@@ -17,9 +17,9 @@ import torch
 
 MAX_MODULES = 10_000
 AUTHORS_CLASSES = ("models.resnet.ResNet", "models.resnet.BasicBlock", "models.custom_modules.SequentialWithArgs")
-# whose layers a whole pickled network may name
+# the modules whose layers a whole pickled network may name
 LAYERS = ("torch.nn.modules.", "torchvision.models.", "torchvision.ops.", "timm.models.", "timm.layers.")
-# where what is often saved around a state dict has it
+# keys under which files often hold their state dict
 AROUND = ("state_dict", "model_state_dict", "net", "netC", "clsmodel", "model")
 PREFIXES = ("module.", "model.", "_orig_mod.", "1.")  # 1.: of a Sequential whose first part has no weights
 
@@ -97,12 +97,12 @@ def read_file(path):
 
 
 def read_pickle(path):
-    """Return what a file written by torch.save holds, a dictionary of plain values and tensors; on the CPU.
+    """Return the dictionary of plain values and tensors, on the CPU, in a file written by torch.save.
 
-    A whole pickled network, in it or in the dictionary's place, becomes its state dict; numpy's numbers become Python's
-    and its arrays tensors; a PIL image becomes {"mode", "size", "palette", "data"}; what else numpy has stays an inert
-    record. Loads with weights_only=True and nothing else. Whole objects in the format of torch before 1.6 cannot be
-    read that way and are refused.
+    A whole pickled network becomes its state dict, whether it is the content or a value in it. Numbers of numpy become
+    Python's, its arrays tensors; a PIL image becomes {"mode", "size", "palette", "data"}; anything else of numpy stays
+    an inert record. Files are loaded with weights_only=True alone. Whole objects in the format of torch before 1.6
+    cannot be read that way and are refused.
     Raises ValueError, in one line, for any other content (code that wants to run, a damaged or foreign file).
     """
     try:
@@ -168,9 +168,9 @@ def _plain(value, done, allowance):
 
 
 def _decoded(dtype, shape, content, order):
-    """Return the array that numpy would make of `content`, bytes, native order; None where it is not of plain numbers.
+    """Return the array, in native byte order, that numpy would make of the bytes `content`; None if of no plain type.
 
-    Raises ValueError for a shape that is not that of the content.
+    Raises ValueError for a shape that does not fit the content.
     """
     code, swapped = dtype.args[0], bool(dtype.state) and dtype.state[1] == ">"
     if not re.fullmatch(r"f[248]|[iu][1248]|b1|[US]\d{1,4}", code) or not isinstance(content, bytes):
@@ -197,10 +197,10 @@ def _collect(record, prefix, out, allowance):
 
 
 def unwrap(content):
-    """Return the state dict, {key: tensor}, within what is often saved around it.
+    """Return the state dict, {key: tensor}, within the content of a file.
 
-    That is a name such as "net", more than one deep too, with plain values beside it, or a prefix that all keys have,
-    such as DataParallel's "module.". What is no dictionary of tensors is returned as it is.
+    It may lie under a key such as "net", at any depth, with plain values beside it, and all its keys may have a prefix
+    such as DataParallel's "module.". Content without tensors is returned as it is.
     """
     while inner := next((content[k] for k in AROUND if isinstance(content.get(k), dict)), None):
         content = inner
@@ -211,7 +211,7 @@ def unwrap(content):
 
 
 def _reason(error):
-    """Return what torch says is wrong in a line, without its advice on how to load the file unsafely."""
+    """Return torch's reason in one line, without its advice on how to load the file unsafely."""
     if "TorchScript" in str(error) or "torchscript" in str(error):
         return "a TorchScript archive"
     lines = [line for line in str(error).splitlines() if line.strip()]

@@ -1,4 +1,4 @@
-"""A small vision transformer for 32x32 images (Dosovitskiy et al., ICLR 2021), with the state dict keys of timm's."""
+"""A small vision transformer for 32x32 images (Dosovitskiy et al., ICLR 2021), with timm's state dict keys."""
 
 import torch
 import torch.nn.functional as F

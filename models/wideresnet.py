@@ -1,4 +1,4 @@
-"""Wide ResNets for 32x32 images (Zagoruyko and Komodakis, BMVC 2016), with the state dict keys of NAD's and others."""
+"""Wide ResNets for 32x32 images (Zagoruyko and Komodakis, BMVC 2016), with NAD's state dict keys."""
 
 import torch.nn.functional as F
 from torch import nn

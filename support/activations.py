@@ -7,7 +7,7 @@ import torch
 import data
 import models
 
-SEEN = 1000  # test images
+SEEN = 1000  # test images that evaluate.py takes
 N_SIGMA = (4, 3, 2.5, 2, 1.5, 1)  # tightness of the uniform bounds of tightness_table()
 
 
@@ -92,7 +92,7 @@ def tightness_table(model, images, measure):
 
     Where ASR falls long before accuracy does, the trigger needs activations that clean images rarely reach.
     images: uint8 (N, 3, H, W), none of the target class, from which mean and std are taken; the model's own bounds are
-    ignored; measure: a network to its evaluate.Measured on these images.
+    ignored; measure: a function of a network that returns its evaluate.Measured on these images.
     """
     net = models.unclipped(model)
     tried = {"none": None}

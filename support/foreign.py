@@ -1,8 +1,9 @@
 """What a file from elsewhere leaves open: how its images are normalized, and the triggered images that come with it.
 
 A network does best on clean images under the normalization that it was trained with. So the known ones are tried on
-clean training images, all of them on a few, those that are not clearly worse than the best on more. Clearly: of the
-images that only one of the two classifies correctly, the better one has more by three standard deviations (McNemar).
+clean training images: all of them on a few, and those that are not clearly worse than the best on more. One is clearly
+better than another by McNemar's test: of the images that only one of the two classifies correctly, it has more, by
+three standard deviations.
 """
 
 from flags import NORMALIZATIONS, InputError
@@ -61,19 +62,20 @@ def try_normalizations(model, images, labels, batch_size=128, dtype=torch.float3
 
 
 def clearly_better(a, b):
-    """Return whether `a` beats `b`, bool (N,) each, whether the same images were classified correctly."""
+    """Return whether `a` is clearly better than `b`; bool (N,) each: which images are classified correctly."""
     only_a, only_b = int((a & ~b).sum()), int((b & ~a).sum())
     return only_a - only_b > CLEARLY * (only_a + only_b) ** 0.5
 
 
 def settle_normalization(path, model, checkpoint, asked, clean, batch_size=128, dtype=torch.float32):
-    """Let `model` normalize as asked, else as its file says, else as suits clean images best; return what to say.
+    """Let `model` normalize as asked, else as its file says, else as suits clean images best; return a line or None.
 
-    checkpoint: of the file; its "mean" and "std" become those taken. asked: (mean, std), "auto" or None, see
+    checkpoint: of the file; its "mean" and "std" are replaced by those taken. asked: (mean, std), "auto" or None, see
     flags.normalization(). clean: a function that returns clean training images and their labels, see
-    try_normalizations(); what a file from elsewhere says, or is given, is checked against them too.
-    Returns a line, or None. There always is one where the normalization was tried, or is not the file's own.
-    Raises InputError where it has to be tried and there are no such images.
+    try_normalizations(); for a file from elsewhere the stated or asked normalization is checked against them.
+    The line says how the normalization was chosen, or that it may be wrong; None where it is a file of ours with its
+    own, or the check finds no better one.
+    Raises InputError where the normalization has to be tried and there are no such images.
     """
     stated = None if checkpoint["mean"] is None else (tuple(checkpoint["mean"]), tuple(checkpoint["std"]))
     taken, line = stated if asked in (None, "auto") else asked, None
@@ -125,9 +127,9 @@ def _shares(tried):
 
 
 def target_of(checkpoint):
-    """Return the target class of the triggered images that come with a checkpoint, `all` for each class's next.
+    """Return the target class of the triggered images that come with a checkpoint, `all` for all-to-all.
 
-    Raises InputError where there are none, and where their labels under attack are neither.
+    Raises InputError where there are none, and where they have several targets that are not each class's next.
     """
     if not checkpoint["bd_test"]:
         raise InputError("the checkpoint brings no triggered images; give --attack another")
@@ -143,7 +145,7 @@ def target_of(checkpoint):
 
 
 def triggered_images(checkpoint, size):
-    """Return (images uint8 (N, 3, size, size), true labels int64 (N,), numbers in the test set, as text) of a file.
+    """Return (images uint8 (N, 3, size, size), true labels int64 (N,), indices in the test set as strings) of a file.
 
     Those whose true class is the label under attack are left out. Raises InputError where the images have another size,
     and as data.backdoorbench.triggered_images() does.

@@ -117,7 +117,7 @@ def trigger_source(args, checkpoint):
 
 
 def check_victim(path, checkpoint, out):
-    """Raise InputError where the file is no victim to defend, or its defended model cannot be written to `out`."""
+    """Raise InputError where the file has bounds already, or its defended model cannot be written to `out`."""
     if checkpoint["bounds"] is not None:
         raise InputError(f"{path} has bounds already; give --ckpt the victim")
     if out.resolve() == path.resolve():
@@ -135,7 +135,10 @@ def origin(path, checkpoint, *tensors):
 
 
 def check_search(path, model, config, images):
-    """Raise InputError where UNIT cannot search bounds on this network, or by this unit.UnitConfig; images: it sees."""
+    """Raise InputError where UNIT cannot search bounds on this network or by `config`, a unit.UnitConfig.
+
+    images: (x_train, ...), as augmented_defense_data() returns them.
+    """
     try:
         config.check(len(images[0]))
         models.activation_sites(model, data.to_float(images[0][:2].to(models.weights_device(model))))
@@ -144,7 +147,7 @@ def check_search(path, model, config, images):
 
 
 def new_network(args):
-    """Return {"mean", "std"} of a network that is to be trained. Raises InputError for flags that suit no such one."""
+    """Return {"mean", "std"} of a network to train. Raises InputError for flags of networks from elsewhere."""
     asked = normalization(args)
     if asked == "auto":
         raise InputError("a network that is not trained yet has no normalization to find; leave --mean auto out")
@@ -154,7 +157,7 @@ def new_network(args):
 
 
 def takes(model, path, size):
-    """Raise InputError unless `model` takes images of `size`, as those of the data set are."""
+    """Raise InputError unless `model` takes images of size x size."""
     device = next(model.parameters()).device
     try:
         with torch.no_grad():
@@ -185,9 +188,9 @@ def settle_normalization(args, path, model, checkpoint, asked):
 
 
 def load_trigger(attack, checkpoint, device, size=32, width=None):
-    """Return the trigger a checkpoint was trained with, else a fresh one of `width`, for images of `size`.
+    """Return the trigger that a checkpoint holds, if it is of `attack`, else a fresh one of `width`.
 
-    None for the attack `none`, and for images that are triggered already.
+    size: side of the images. Returns None for the attack `none`, and for images that are triggered already.
     """
     if attack in ("none", "file") or place_of(attack):
         if width is not None:
@@ -234,8 +237,8 @@ def test_data(args, checkpoint, device):
 def beside_their_originals(images, labels, triggered, n=16):
     """Return (clean images, triggered ones), float in [0, 1], up to n of each, for a picture of both.
 
-    The clean ones are the test images whose places the files' names are, as BackdoorBench names them; None where a name
-    is no place or its image is of another class.
+    BackdoorBench names each file by the index of its clean image in the test set. The clean images are None where a
+    name is no such index or its image is of another class.
     """
     chosen = data.few(triggered.labels, n)
     some, clean = data.to_float(triggered.images[chosen]), None
@@ -248,7 +251,7 @@ def beside_their_originals(images, labels, triggered, n=16):
 
 
 def defense_data(args, usual_rate=0.05):
-    """Return (x_train, y_train, x_valid, y_valid) by the flags: uint8 (N, 3, H, W), int64 (N,), as they are."""
+    """Return (x_train, y_train, x_valid, y_valid) by the flags: uint8 (N, 3, H, W), int64 (N,), not augmented."""
     images, labels = data.load_dataset(args.dataset, args.datadir, True, args.size)
     n = len(data.class_names(args.dataset))
     train, valid = data.defense_indices(labels, args.dataset, args.data_rate, usual_rate, args.draw, args.seed, n)

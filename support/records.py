@@ -37,15 +37,16 @@ RECIPE += ("poison_rate", "sampling", "trigger_width", "flip", "mean", "std")
 def victim_of(path, checkpoint):
     """Return what a record says of its victim: {"file", "sha256", "attack", "seed", "recipe"}.
 
-    With seed and recipe the record counts in the tables also where the file is not there. Victims of one recipe differ
-    in their seeds alone; recipe: None for a file that does not say its attack. checkpoint: as utils.load_checkpoint.
+    With seed and recipe the record counts in the tables even if the victim's file is deleted. Victims of one recipe
+    differ in nothing but their seed; recipe: None for a file that does not say its attack. checkpoint: see
+    utils.load_checkpoint().
     """
     victim = {"file": path.name, "sha256": utils.sha256(path), "attack": checkpoint["attack"]}
     recipe = None
     if checkpoint["attack"] is not None:
         recipe = {k: checkpoint.get(k) for k in RECIPE}
         recipe |= {k: utils.file_tag(recipe[k] or "cifar10") for k in ("dataset", "attack")}
-        usual = {"size": 32, "flip": True}  # of files that were written before these were settings
+        usual = {"size": 32, "flip": True}  # of files without these settings
         recipe |= {k: v for k, v in usual.items() if recipe[k] is None}
         recipe |= {k: list(recipe[k]) for k in ("mean", "std") if recipe[k] is not None}
     return victim | {"seed": checkpoint.get("seed"), "recipe": recipe}

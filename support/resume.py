@@ -1,4 +1,4 @@
-"""Runs that were cut off: what they keep on disk of what they have done, and how they find it again."""
+"""What a run keeps on disk of its state, and how the same command resumes from it after an interruption."""
 
 from flags import InputError
 
@@ -17,13 +17,13 @@ KEEP_EVERY = 60  # seconds, after which keep() writes again
 
 
 class Partial:
-    """One file beside a run's result, x.partial.pt for x.pt, with the state from which the same command goes on.
+    """A file beside a run's result, x.partial.pt for x.pt, with the state from which the same command resumes.
 
     state: the last one kept, None at the start; step: the number of steps or epochs done by then.
     """
 
     def __init__(self, out, settings, device, resume=True):
-        """Load what lies beside `out`, if anything; settings: plain values that determine the run's figures.
+        """Load the file beside `out`, if there is one; settings: plain values that determine the run's figures.
 
         Raises InputError where a file lies there that cannot be read or has other settings, unless `resume` is false.
         """
@@ -65,11 +65,11 @@ class Partial:
         return {k: v for k, v in machine.machine(self.device).items() if k != "date"}
 
     def said(self):
-        """Return a line that says where the run goes on, nothing at the start."""
+        """Return a line that says after which step the run resumes, an empty string if from the start."""
         return f"\ngoing on after {self.step} ({self.path})" if self.step else ""
 
     def keep(self, step, state_of, now=False):
-        """Write state_of() if the last time is a minute ago, or at once; a disk that refuses costs the run nothing."""
+        """Write state_of() if a minute has passed since the last time, or if `now`; a full disk is only a warning."""
         time_now = time.perf_counter()
         if time_now - self.last < KEEP_EVERY and not now:
             return
@@ -81,11 +81,11 @@ class Partial:
         self.last = time_now
 
     def seconds_so_far(self):
-        """Return how long the run has taken, the parts before it was cut off too."""
+        """Return the seconds that the run has taken, with those before an interruption."""
         return self.seconds + time.perf_counter() - self.started
 
     def peak_so_far(self):
-        """Return the peak of memory in GiB over all parts, or None where it is unknown."""
+        """Return the peak memory in GiB, with that before an interruption, or None where it is unknown."""
         return max(self.peak or 0, machine.peak_memory(self.device) or 0) or None
 
     def remove(self):

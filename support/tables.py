@@ -79,7 +79,7 @@ def panels(groups):
 def overview(groups):
     """Return the front page's table: BA / ASR / RA of ResNet-18 on CIFAR-10 under the first three attacks.
 
-    A line per victims of one recipe that have a record of a defense, a column per defense that has one of them.
+    A line for the victims of one recipe, a column for a defense; both only where there is a record of a defense.
     """
     rows, columns = [], ["none"]
     for group in groups:

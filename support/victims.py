@@ -1,4 +1,4 @@
-"""Victims and their records, for the tables: victims of one recipe and several seeds are one line or column.
+"""Victims and their records, for the tables: the victims of one recipe, one for each seed, share a line or column.
 
 A victim is known by its file, or, where that is not here, by what its records say of it.
 """
@@ -75,9 +75,9 @@ def from_file(path, results):
 
 
 def from_records(folder):
-    """Return the Victim that the records in a folder are of, None where they do not say enough to place it.
+    """Return the Victim that the records in a folder are of, None where they do not name its recipe.
 
-    Where they are of different weights, it is the one with the most records.
+    If they are of different weights, the Victim is the one with the most records.
     """
     found = [records.read(path)["victim"] for path in sorted(folder.glob("*.json"))]
     found = [v for v in found if v.get("recipe") and v["recipe"]["dataset"] in flags.DATASETS]
@@ -158,9 +158,9 @@ def grouped(victims):
 
 
 def clean_cells(group):
-    """Return the cells that measure a clean network on this group's triggered images: what RA can come to at best.
+    """Return the cells that measure a clean network on this group's triggered images, for the ceiling of RA.
 
-    One, or where the trigger is learned along with its victim one for each of them; none for a clean network itself.
+    There is one; a trigger that is learned with its victim has one for each victim; a clean group has none.
     """
     if group.attack == "none":
         return []
