@@ -126,8 +126,7 @@ def defend(args, config, device, dtype):
         raise InputError(f"{path} is a defended model; give --ckpt the victim")
     names = (args.dataset, checkpoint["network"], args.attack, checkpoint["width"])
     out = Path(args.out or utils.checkpoint_path(*names, f"_{args.defense}"))
-    if out.resolve() == path.resolve():
-        raise InputError(f"--out is the victim {path} itself; give another place")
+    inputs.check_apart("--out", out, {"the victim": path, "the trigger's file": args.trigger_of})
     victim = records.victim_of(path, checkpoint)
     record_at = records.path_of(args.defense, args, victim)
     for place in (out, record_at):

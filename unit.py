@@ -273,6 +273,8 @@ def main(argv=None):
     path, model, checkpoint, backdoor = inputs.load_victim(args, device)
     names = (args.dataset, checkpoint["network"], args.attack, checkpoint["width"])
     out = Path(args.out or utils.checkpoint_path(*names, "_unit"))
+    if args.export:
+        inputs.check_apart("--export", args.export, {"the victim": path, "the defended model": out})
     *test_set, triggered = inputs.test_data(args, checkpoint, device)
 
     def measure(model):
