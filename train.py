@@ -159,6 +159,8 @@ def main(argv=None):
         raise flags.InputError(str(error)) from None
     torch.manual_seed(args.seed)  # for the networks of a learned trigger
     backdoor = inputs.load_trigger(args.attack, {"trigger": None}, device, args.size, args.trigger_width)
+    if args.surrogate and not (backdoor is not None and backdoor.surrogate):
+        raise flags.InputError(f"{args.attack} needs no clean network; leave --surrogate out")
     config["trigger_width"] = None if backdoor is None else backdoor.width
     along = None if backdoor is None else backdoor.optimizer()
     if along is not None and ranks.ranks()[1] > 1:

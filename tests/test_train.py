@@ -428,6 +428,13 @@ def test_a_cut_off_run_goes_on_with_its_own_surrogate_alone(tiny, tmp_path, monk
         train.main([*words, str(paths[1])])
 
 
+@pytest.mark.parametrize("attack", ["none", "badnet"])
+def test_a_surrogate_that_is_of_no_use_is_refused(tmp_path, attack):
+    with pytest.raises(InputError, match=f"{attack} needs no clean network; leave --surrogate out"):
+        train.main([*TRAIN, "--attack", attack, "--ckpt", str(tmp_path / "v.pt"), "--surrogate", "clean.pt"])
+    assert not list(tmp_path.iterdir())
+
+
 class Learning(Trigger):
     """A trigger trained along with the victim: a brightness, which an extra loss pulls to 1."""
 
