@@ -122,7 +122,9 @@ def _check(record, defense):
     if "steps" in record:
         record["best_step"] + record["steps"]
     if recipe := victim.get("recipe"):
-        [recipe[k] for k in RECIPE], Path(victim["file"]), victim["attack"], (victim["seed"] or 0) + 0
+        [recipe[k] for k in RECIPE], Path(victim["file"]), victim["attack"]
+        if not isinstance(victim["seed"], int | None):
+            raise ValueError
         utils.network_tag(recipe["network"], recipe["width"]), -recipe["width"]
         [n in (None, "all") or n + 0 for n in (recipe["size"], recipe["target"])]
     if defense == "nc":  # what the table of the detector takes from it

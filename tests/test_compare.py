@@ -215,6 +215,7 @@ def test_a_record_whose_recipe_is_damaged_is_named(house, damage):
         lambda r: r.update(seconds=float("nan")),
         lambda r: r["victim"].update(sha256=[]),
         lambda r: r["victim"].update(seed="1"),
+        lambda r: r["victim"].update(seed=[]),
         lambda r: r["victim"].pop("attack"),
         lambda r: r.update(steps=300),  # and no best_step
     ],
