@@ -191,12 +191,14 @@ def draw_searches(victims, folder):
     for v in victims:
         r, path = v.record("unit"), v.folder / "unit.npz"
         if r and path.exists():
-            limit = r["initial_acc"] - r["settings"]["acc_degrade"]
             try:
+                limit = r["initial_acc"] - r["settings"]["acc_degrade"]
                 with open(path, "rb") as file:  # given a path, numpy leaves a damaged one open
                     history = dict(np.load(file))
-            except (OSError, EOFError, ValueError, zipfile.BadZipFile):
-                raise flags.InputError(f"{path} is no trajectory of a search; delete it") from None
+                if any(history[k].shape != (r["steps"],) for k in ("alpha", "ce", "reg", "valid_acc")):
+                    raise ValueError
+            except (OSError, EOFError, LookupError, TypeError, ValueError, zipfile.BadZipFile):
+                raise flags.InputError(f"{path} is no trajectory of this record's search; delete it") from None
             plots.draw_history(history, r["best_step"], limit, folder / f"search_{v.stem}.png")
 
 

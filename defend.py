@@ -126,8 +126,7 @@ def defend(args, config, device, dtype):
         raise InputError(f"{path} is a defended model; give --ckpt the victim")
     names = (args.dataset, checkpoint["network"], args.attack, checkpoint["width"])
     out = Path(args.out or utils.checkpoint_path(*names, f"_{args.defense}"))
-    if out.resolve() == path.resolve():
-        raise InputError(f"--out is the victim {path} itself; give another place")
+    inputs.check_apart("--out", out, {"the victim": path, "the trigger's file": args.trigger_of})
     victim = records.victim_of(path, checkpoint)
     record_at = records.path_of(args.defense, args, victim)
     for place in (out, record_at):
@@ -185,6 +184,8 @@ def train_by_dbd(args, config, device, dtype):
     """Train a network with DBD on a `fixed` poisoned set, whose images carry the trigger before training."""
     if place_of(args.attack):
         raise InputError("dbd trains on poisoned images: give --attack a trigger that makes them")
+    if args.ckpt:
+        raise InputError("dbd repairs no victim, it trains a network of its own; leave --ckpt out")
     args.attack, args.network, said = str(args.attack), str(args.network), inputs.new_network(args)
     classes, tag = inputs.class_names(args), utils.network_tag(args.network, args.width)
     own = utils.checkpoint_path(args.dataset, args.network, args.attack, args.width)

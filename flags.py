@@ -7,6 +7,7 @@ Exit status of a command: 0 done, 1 a fault of ours, 2 bad input (one line on st
 import argparse
 import contextlib
 import ctypes
+import errno
 import io
 import math
 import os
@@ -369,6 +370,12 @@ def run(main):
     except BrokenPipeError:  # the reader of standard output has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         _leave(1)
+    except OSError as error:
+        # a path that cannot even be asked for
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG) or error.filename is None:
+            raise
+        print(f"error: cannot use {error.filename}: {error.strerror}; give another path", file=sys.stderr)
+        _leave(2)
     _leave(0)
 
 

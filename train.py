@@ -159,6 +159,8 @@ def main(argv=None):
         raise flags.InputError(str(error)) from None
     torch.manual_seed(args.seed)  # for the networks of a learned trigger
     backdoor = inputs.load_trigger(args.attack, {"trigger": None}, device, args.size, args.trigger_width)
+    if args.surrogate and not (backdoor is not None and backdoor.surrogate):
+        raise flags.InputError(f"{args.attack} needs no clean network; leave --surrogate out")
     config["trigger_width"] = None if backdoor is None else backdoor.width
     along = None if backdoor is None else backdoor.optimizer()
     if along is not None and ranks.ranks()[1] > 1:
@@ -205,7 +207,13 @@ def main(argv=None):
     for epoch in range(partial.step, args.epochs):
         model.train()
         with tqdm(total=n_images, unit="img", desc=f"epoch {epoch + 1}", leave=False, disable=not first_rank) as bar:
-            loss, accuracy = train_epoch(step, optimizers, train_set, poison, backdoor, config, epoch, bar.update)
+            try:
+                loss, accuracy = train_epoch(step, optimizers, train_set, poison, backdoor, config, epoch, bar.update)
+            except ValueError as error:
+                if "more than 1 value per channel" not in str(error):  # batch norm's, of one image of one pixel
+                    raise
+                why = f"of {n_images} images a batch of {args.batch_size} leaves one alone, too small for batch norm"
+                raise flags.InputError(f"{why}; choose another --batch_size, or a larger --size") from None
         if not math.isfinite(loss):
             raise flags.InputError(f"the loss of epoch {epoch + 1} is {loss}: nothing is saved; lower --lr")
         if not first_rank:

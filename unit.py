@@ -273,6 +273,7 @@ def main(argv=None):
     path, model, checkpoint, backdoor = inputs.load_victim(args, device)
     names = (args.dataset, checkpoint["network"], args.attack, checkpoint["width"])
     out = Path(args.out or utils.checkpoint_path(*names, "_unit"))
+    inputs.check_apart("--export", args.export, {"the victim": path, "the defended model": out})
     *test_set, triggered = inputs.test_data(args, checkpoint, device)
 
     def measure(model):
@@ -280,9 +281,8 @@ def main(argv=None):
 
     if args.phase == "test":
         if first:
-            print(f"before  {path}\n        {measure(model)}\nafter   {out}")
             defended = utils.load_model(out, device)[0]
-            print(f"        {measure(defended)}")
+            print(f"before  {path}\n        {measure(model)}\nafter   {out}\n        {measure(defended)}")
             write_export(defended, args.export, args.size)
         return
     inputs.check_victim(path, checkpoint, out)

@@ -120,9 +120,15 @@ def check_victim(path, checkpoint, out):
     """Raise InputError where the file has bounds already, or its defended model cannot be written to `out`."""
     if checkpoint["bounds"] is not None:
         raise InputError(f"{path} has bounds already; give --ckpt the victim")
-    if out.resolve() == path.resolve():
-        raise InputError(f"--out is the victim {path} itself; give another place")
+    check_apart("--out", out, {"the victim": path})
     utils.check_place(out)
+
+
+def check_apart(flag, place, taken):
+    """Raise InputError where `place`, given by `flag`, is a file of `taken`, {what it is: path}; each may be None."""
+    for what, path in taken.items():
+        if place and path and Path(place).resolve() == Path(path).resolve():
+            raise InputError(f"{flag} is {what} {path} itself; give another place")
 
 
 def origin(path, checkpoint, *tensors):

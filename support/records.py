@@ -7,6 +7,7 @@ name. Beside a record of UNIT lies the search's trajectory (.npz), from which co
 import flags
 
 import json
+import math
 from dataclasses import asdict
 from pathlib import Path
 
@@ -105,18 +106,34 @@ def read(path):
     """Return the record at `path`, of whatever victim. Raises InputError for a file that is no record."""
     try:
         record = json.loads(path.read_text())
-        record["victim"]["sha256"], record.get("interrupted"), record["victim"].get("recipe")
-        numbers = [record["seconds"], *(record["after"][k] or 0 for k in ("BA", "ASR", "RA", "target_accuracy"))]
-        sum(numbers), record["machine"]["threads"], record["commit"], record.get("findings", {}).get("outcome")
-        if recipe := record["victim"].get("recipe"):
-            [recipe[k] for k in RECIPE], -recipe["width"], Path(record["victim"]["file"]), record["victim"]["seed"]
-        if record.get("defense") == "nc":  # what the table of the detector takes from it
-            found = record["findings"]
-            pairs = [n + i for n, i in zip(found["norms"], found["anomaly_index"], strict=True)]
-            [pairs[c] for c in found["suspicious"]], pairs[0] + 0
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        _check(record, path.stem.partition(",")[0])
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         raise flags.InputError(f"{path} is no record of a run; move it elsewhere") from None
     return record
+
+
+def _check(record, defense):
+    """Raise one of the errors that read() names where `record` lacks what the tables take from it."""
+    victim, after = record["victim"], record["after"]
+    shares = [after["BA"], *(after[k] for k in ("ASR", "RA", "target_accuracy") if after[k] is not None)]
+    if not (all(0 <= share <= 1 for share in shares) and 0 <= record["seconds"] < math.inf):  # nor is any of them NaN
+        raise ValueError
+    record["machine"]["threads"], record["commit"], record.get("interrupted"), hash(victim["sha256"])
+    record.get("findings", {}).get("outcome")
+    if "steps" in record:
+        record["best_step"] + record["steps"]
+    if recipe := victim.get("recipe"):
+        [recipe[k] for k in RECIPE], Path(victim["file"]), victim["attack"]
+        if not isinstance(victim["seed"], int | None):
+            raise ValueError
+        utils.network_tag(recipe["network"], recipe["width"]), -recipe["width"]
+        [n in (None, "all") or n + 0 for n in (recipe["size"], recipe["target"])]
+    if defense == "nc":  # what the table of the detector takes from it
+        found = record["findings"]
+        pairs = list(zip(found["norms"], found["anomaly_index"], strict=True))
+        [pairs[c] for c in found["suspicious"]], pairs[0]
+        if not all(0 <= n < math.inf for pair in pairs for n in pair):
+            raise ValueError
 
 
 def load(path, victim_sum):

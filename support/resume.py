@@ -2,6 +2,7 @@
 
 from flags import InputError
 
+import glob
 import sys
 import time
 import zipfile
@@ -89,5 +90,6 @@ class Partial:
         return max(self.peak or 0, machine.peak_memory(self.device) or 0) or None
 
     def remove(self):
-        """Remove the file: the run is done."""
-        self.path.unlink(missing_ok=True)
+        """Remove the file, and what kills in the middle of writing left of it: the run is done."""
+        for path in (self.path, *self.path.parent.glob(f".{glob.escape(self.path.name)}.*.tmp")):
+            path.unlink(missing_ok=True)

@@ -4,6 +4,8 @@ from flags import ATTACKS, DEFENSES, InputError, parser
 
 import statistics
 
+from backdoors import TRIGGERS
+from backdoors.poison import SAMPLINGS
 from utils import checkpoint_path, write_whole
 
 from . import records
@@ -195,23 +197,33 @@ def detections(victims):
     return f"Right on {' and '.join(said)}.\n\n{markdown(header, rows)}"
 
 
+def making(recipe):
+    """Return the command that makes a victim of this recipe, without its seed."""
+    shown = ("dataset", "network", "width", "epochs", "lr", "weight_decay", "batch_size", "size", "target")
+    usual, trigger = parser("train.py"), TRIGGERS.get(recipe["attack"])
+    given = {k: recipe[k] for k in shown if recipe[k] not in (None, usual.get_default(k))}
+    if trigger and recipe["poison_rate"] not in (None, trigger.rate):
+        given["poison_rate"] = recipe["poison_rate"]
+    if recipe["sampling"] in SAMPLINGS and recipe["sampling"] != usual.get_default("sampling"):
+        given["sampling"] = recipe["sampling"]  # any other is the attack's own, and no flag
+    return " ".join(["train.py", f"--attack {recipe['attack']}", *(f"--{k} {v}" for k, v in given.items())])
+
+
 def networks(groups):
     """Return the table of networks other than ResNet-18 and of other data sets: how they are made, what UNIT does.
 
     Empty where there is none. UNIT is the run over all images, or, where that has no record, UNIT 250.
     """
-    usual, rows = parser("train.py"), []
+    rows = []
     for group in groups:
         recipe = group.recipe
         unit = next((c for c in ("unit", "unit,step_images=250") if group.values(c, "BA")), None)
         if (recipe["network"], recipe["dataset"]) == ("resnet18", "cifar10") or unit is None:
             continue
-        shown = ("attack", "dataset", "network", "width", "epochs", "lr", "sampling", "size", "target")
-        given = [f"--{k} {recipe[k]}" for k in shown if recipe[k] not in (None, usual.get_default(k)) or k == "attack"]
         n = f" (n = {len(group.victims)})" if len(group.victims) > 1 else ""
         measured = [[spread(group.values(c, key), 2) for key in ("BA", "ASR", "RA")] for c in ("none", unit)]
         name = f"{group.panel}, {group.name}{n}"
-        rows.append([name, f"`train.py {' '.join(given)}`", *map(" / ".join, measured), NAMES[unit]])
+        rows.append([name, f"`{making(recipe)}`", *map(" / ".join, measured), NAMES[unit]])
     header = ["network, attack", "made by", "BA / ASR / RA in %", "after UNIT", "run"]
     return markdown(header, rows) if rows else ""
 

@@ -77,11 +77,12 @@ def from_file(path, results):
 def from_records(folder):
     """Return the Victim that the records in a folder are of, None where they do not name its recipe.
 
-    If they are of different weights, the Victim is the one with the most records.
+    Records of a file of another name, as in a copy of a folder, do not count. If they are of different weights, the
+    Victim is the one with the most records.
     """
     found = [records.read(path)["victim"] for path in sorted(folder.glob("*.json"))]
     found = [v for v in found if v.get("recipe") and v["recipe"]["dataset"] in flags.DATASETS]
-    found = [v for v in found if v["attack"] in ("none", *flags.ATTACKS)]
+    found = [v for v in found if v["attack"] in ("none", *flags.ATTACKS) and Path(v["file"]).stem == folder.name]
     if not found:
         return None
     most = Counter(v["sha256"] for v in found).most_common(1)[0][0]

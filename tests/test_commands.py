@@ -178,6 +178,11 @@ def test_a_place_that_cannot_be_written_is_said_before_the_search(victim_file, t
     before = victim_file.read_bytes()
     with pytest.raises(InputError, match="the victim"):
         run_unit(victim_file, tmp_path, "--out", str(victim_file))
+    for phase in ("unit", "test"):
+        with pytest.raises(InputError, match="--export is the victim"):
+            run_unit(victim_file, tmp_path, "--export", str(victim_file), "--phase", phase)
+        with pytest.raises(InputError, match="--export is the defended model"):
+            run_unit(victim_file, tmp_path, "--export", str(tmp_path / "d.pt"), "--phase", phase)
     assert victim_file.read_bytes() == before
 
 

@@ -4,6 +4,7 @@ import flags
 from flags import InputError
 
 import json
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -186,7 +187,9 @@ def test_only_victims_are_taken(house, monkeypatch):
     assert [v.path.name for v in house.victims()] == ["cifar10_resnet18_badnet.pt"]
 
 
-@pytest.mark.parametrize("damage", [{"width": "a"}, {"width": None}, {"target": ...}])
+@pytest.mark.parametrize(
+    "damage", [{"width": "a"}, {"width": None}, {"target": ...}, {"target": "b"}, {"size": "c"}, {"network": None}]
+)
 def test_a_record_whose_recipe_is_damaged_is_named(house, damage):
     """It would have to place the victim in the tables, whose file is not here."""
     path = house.victim("a")
@@ -199,6 +202,44 @@ def test_a_record_whose_recipe_is_damaged_is_named(house, damage):
     place.write_text(json.dumps(record))
     with pytest.raises(InputError, match=r"none\.json is no record of a run"):
         house.compare("--no-run")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda r: r["after"].update(BA=float("nan")),
+        lambda r: r["after"].update(BA=None),
+        lambda r: r["after"].update(BA=[]),
+        lambda r: r["after"].update(RA=float("inf")),
+        lambda r: r["after"].update(ASR=93.5),  # in %
+        lambda r: r.update(seconds=float("nan")),
+        lambda r: r["victim"].update(sha256=[]),
+        lambda r: r["victim"].update(seed="1"),
+        lambda r: r["victim"].update(seed=[]),
+        lambda r: r["victim"].pop("attack"),
+        lambda r: r.update(steps=300),  # and no best_step
+    ],
+)
+def test_a_record_whose_figures_cannot_be_is_named(house, damage):
+    path = house.victim("a")
+    house.record(path, "none", figures(0.9, 0.5, 0.25), alone=True)
+    place = house.results / "cifar10_a" / "none.json"
+    record = records.read(place)
+    damage(record)
+    place.write_text(json.dumps(record))
+    path.unlink()
+    with pytest.raises(InputError, match=r"none\.json is no record of a run; move it elsewhere"):
+        house.compare("--no-run")
+
+
+def test_a_copy_of_a_folder_of_records_does_not_count_twice(house):
+    path = house.victim("a")
+    house.record(path, "none", figures(0.9, 0.5, 0.25), alone=True)
+    path.unlink()
+    (folder,) = house.results.iterdir()
+    shutil.copytree(folder, folder.with_name("backup"))
+    assert [v.stem for v in house.victims()] == ["cifar10_a"]
+    assert tables.details(house.victims()).count("\n") == 2
 
 
 # --- the tables -------------------------------------------------------------------------------------------------------
@@ -347,6 +388,24 @@ def test_another_network_or_data_set_is_a_line_of_its_own_page(house):
     assert list(tables.panels(house.groups())) == ["resnet18"]  # of several attacks
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"attack": "wanet", "sampling": "in_batch"}, "--attack wanet"),  # its own, which the flag does not take
+        ({"attack": "badnet", "sampling": "fixed"}, "--attack badnet --sampling fixed"),
+        ({"attack": "badnet", "poison_rate": 0.05}, "--attack badnet --poison_rate 0.05"),
+        ({"attack": "composite", "poison_rate": 1 / 11, "batch_size": 64}, "--attack composite --batch_size 64"),
+        ({"attack": "none", "poison_rate": 0.0, "weight_decay": 0.0}, "--attack none --weight_decay 0.0"),
+        ({"attack": "badnet", "target": "all", "dataset": "svhn"}, "--attack badnet --dataset svhn --target all"),
+    ],
+)
+def test_the_command_that_makes_a_victim_is_one_that_train_py_takes(changes, words):
+    usual = vars(flags.parser("train.py").parse_args([]))
+    recipe = {k: usual.get(k) for k in records.RECIPE} | {"poison_rate": 0.1} | changes
+    assert tables.making(recipe) == f"train.py {words}"
+    flags.parser("train.py").parse_args(words.split())
+
+
 def test_how_often_the_detector_is_right(house):
     """Right is the target alone; another class, another one beside it or none at all are wrong."""
     index = [0.5, 0.25, 3.0, 2.5, 1.0]
@@ -387,6 +446,8 @@ def test_how_often_the_detector_is_right(house):
         lambda r: r["findings"].update(norms=[], anomaly_index=[], suspicious=[]),
         lambda r: r["findings"].update(norms=[1.0]),
         lambda r: r["findings"].update(norms=["a", "b"]),
+        lambda r: r["findings"].update(norms=[1.0, float("nan")]),
+        lambda r: r.update(defense="ft", findings={}),  # by its name the detector's, by its content not
         lambda r: r["findings"].update(suspicious=[7]),
         lambda r: r["findings"].update(suspicious=None),
     ],
@@ -789,6 +850,10 @@ def test_a_trajectory_that_is_cut_off_is_named(house):
     whole = trajectory.read_bytes()
     for content in (b"", whole[:200], b"no zip"):
         trajectory.write_bytes(content)
+        with pytest.raises(InputError, match=r"unit\.npz is no trajectory"):
+            house.compare("--no-run")
+    for names in (("reg",), ("alpha", "ce", "reg", "valid_acc")):  # of other figures, of another number of steps
+        np.savez_compressed(trajectory, **dict.fromkeys(names, np.arange(4.0)))
         with pytest.raises(InputError, match=r"unit\.npz is no trajectory"):
             house.compare("--no-run")
 

@@ -534,6 +534,7 @@ def test_a_cut_off_run_with_other_settings_is_not_taken(short, tmp_path, monkeyp
         (["--attack", "wanet"], "no poisoned set"),
         (["--data_rate", "0.5"], "--data_rate"),
         (["--trigger_of", "v.pt"], "leave --trigger_of out"),
+        (["--ckpt", "v.pt"], "leave --ckpt out"),
         (["--epochs", "3"], "three numbers"),
         (["--poison_rate", "0.95"], "lower it"),
         (["--attack", "none", "--poison_rate", "0.1"], "without an attack"),

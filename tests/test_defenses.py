@@ -444,6 +444,10 @@ def test_the_victim_is_not_written_over(victim_file, tmp_path):
     before = victim_file.read_bytes()
     with pytest.raises(InputError, match="the victim"):
         run_defend(victim_file, tmp_path, "--defense", "ft", "--out", str(victim_file))
+    other = tmp_path / "other.pt"  # whose trigger is that of the victim
+    other.write_bytes(before)
+    with pytest.raises(InputError, match="the trigger's file"):
+        run_defend(other, tmp_path, "--defense", "ft", "--trigger_of", str(victim_file), "--out", str(victim_file))
     assert victim_file.read_bytes() == before
 
 

@@ -4,11 +4,13 @@ import flags
 from flags import COMMANDS, ROOT, InputError
 
 import argparse
+import errno
 import io
 import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -163,6 +165,18 @@ def test_too_little_memory_is_one_line(error, capsys):
     err = capsys.readouterr().err
     assert err.count("\n") == 1
     assert "--batch_size" in err
+
+
+def test_a_path_that_cannot_be_asked_for_is_one_line(capsys):
+    def refused():
+        raise PermissionError(errno.EACCES, "Permission denied", "/closed/v.pt")
+
+    long = Path("x" * 300)
+    for main, said in ((long.is_file, f"{long}: File name too long"), (refused, "/closed/v.pt: Permission denied")):
+        with pytest.raises(SystemExit) as left:
+            flags.run(main)
+        assert left.value.code == 2
+        assert re.fullmatch(f"error: cannot use .*{said}; give another path\n", capsys.readouterr().err)
 
 
 def test_a_name_that_is_no_text_can_be_said(monkeypatch):

@@ -68,9 +68,11 @@ def test_a_part_of_a_run_comes_back_whole_and_lies_beside_the_result(tmp_path):
     assert again.state["history"] == {"ce": [1.0]}
     assert "going on after 3 " in again.said()
     assert Partial(tmp_path / "d.pt", {"lr": 0.1}, CPU, resume=False).state is None
+    for name in ("d", "e"):  # a write that was killed, of this run and of another
+        (tmp_path / f".{name}.partial.pt.123.tmp").write_bytes(b"half")
     again.remove()
     again.remove()
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == [".e.partial.pt.123.tmp"]
 
 
 def test_it_is_kept_once_a_minute_and_counts_the_time_and_memory_of_all_its_parts(tmp_path, monkeypatch):

@@ -428,6 +428,21 @@ def test_a_cut_off_run_goes_on_with_its_own_surrogate_alone(tiny, tmp_path, monk
         train.main([*words, str(paths[1])])
 
 
+@pytest.mark.parametrize("batch_size", ["1", "499"])
+def test_an_image_alone_in_a_batch_is_said_where_batch_norm_takes_none(tmp_path, batch_size):
+    words = [*TRAIN, "--attack", "none", "--size", "8", "--batch_size", batch_size]
+    with pytest.raises(InputError, match=f"a batch of {batch_size} leaves one alone.* choose another --batch_size"):
+        train.main([*words, "--ckpt", str(tmp_path / "v.pt")])
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("attack", ["none", "badnet"])
+def test_a_surrogate_that_is_of_no_use_is_refused(tmp_path, attack):
+    with pytest.raises(InputError, match=f"{attack} needs no clean network; leave --surrogate out"):
+        train.main([*TRAIN, "--attack", attack, "--ckpt", str(tmp_path / "v.pt"), "--surrogate", "clean.pt"])
+    assert not list(tmp_path.iterdir())
+
+
 class Learning(Trigger):
     """A trigger trained along with the victim: a brightness, which an extra loss pulls to 1."""
 
