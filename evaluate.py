@@ -118,10 +118,12 @@ def main(argv=None):
     if args.activations and backdoor is None and args.attack != "none":
         raise flags.InputError("--activations needs a trigger; leave it out with triggered images")
     images, labels, triggered = inputs.test_data(args, checkpoint, device)
+    picture = Path(args.outdir) / f"demo_{utils.file_tag(args.attack)}.png"
+    if backdoor is not None or triggered is not None:
+        utils.check_place(picture)
     print(f"{path}, {len(images):,} test images of {args.dataset}")
     ready = (args.target, args.batch_size, dtype)
     print(evaluate(model, images, labels, backdoor, *ready, triggered), flush=True)
-    picture = Path(args.outdir) / f"demo_{utils.file_tag(args.attack)}.png"
     if triggered is not None:
         rows = plots.rows_of(*inputs.beside_their_originals(images, labels, triggered))
     elif backdoor is not None:

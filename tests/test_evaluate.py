@@ -1,5 +1,7 @@
 """The evaluator: BA, ASR and RA of models whose figures are known; and the trigger's effect on activations."""
 
+from flags import InputError
+
 import pytest
 import torch
 from torch import nn
@@ -205,6 +207,13 @@ def test_the_command(victim_file, tmp_path, capsys, monkeypatch, attack):
         assert (tmp_path / picture).exists() == (attack != "none")
     assert out.count("layer4") == (0 if attack == "none" else 4)  # the table of sites
     assert out.count("mean + 2.5 std") == (0 if attack == "none" else 1)  # bounds alike for all neurons
+
+
+def test_a_place_that_cannot_be_written_is_said_before_measuring(victim_file, tmp_path, monkeypatch):
+    monkeypatch.setattr("evaluate.evaluate", lambda *_args: pytest.fail("it measures"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot write"):
+        main(["--dataset", "cifar10_sample", "--ckpt", str(victim_file), "--outdir", str(tmp_path / "file")])
 
 
 # --- what the trigger does inside -------------------------------------------------------------------------------------
