@@ -203,17 +203,20 @@ def draw_searches(victims, folder):
 
 
 def draw(groups, folder):
-    """Draw RA under every attack and defense, of a single panel ASR too, and what each defense costs and wins."""
+    """Draw RA under every attack and defense, of a single panel ASR too, and what each defense costs and wins.
+
+    The panels are those with several defenses.
+    """
     shown, points = {}, {}
     for panel, of_panel in tables.panels(groups).items():
-        attacked = [g for g in of_panel if g.attack != "none"]
+        attacked, gained = [g for g in of_panel if g.leads], {}
         for cell, name in tables.NAMES.items():
             pairs = [pair for g in attacked for pair in gains(g, cell)]
             if pairs and cell != "none":
                 lost, won = (statistics.mean(side) for side in zip(*pairs, strict=True))
-                points.setdefault(panel, {})[name] = lost, won, len(pairs)
-        if any(g.values(cell, "RA") for g in attacked for cell in tables.NAMES if cell != "none"):
-            shown[panel] = attacked
+                gained[name] = lost, won, len(pairs)
+        if len(gained) > 1:  # one defense alone makes no picture
+            shown[panel], points[panel] = attacked, gained
     drawn = [g for attacked in shown.values() for g in attacked]
     columns = {c: name for c, name in tables.NAMES.items() if any(g.values(c, "RA") for g in drawn)}
     if any(ceiling(g, groups) for g in drawn):

@@ -60,8 +60,8 @@ def spread(shares, digits=1):
 
 
 def mean_of_means(groups, cell, key):
-    """Return (mean of a figure over the attacked groups that have it, each group's own mean; how many these are)."""
-    means = [statistics.mean(v) for g in groups if g.attack != "none" and (v := g.values(cell, key))]
+    """Return (mean of a figure over the leading groups that have it, each group's own mean; how many these are)."""
+    means = [statistics.mean(v) for g in groups if g.leads and (v := g.values(cell, key))]
     return (statistics.mean(means) if means else None), len(means)
 
 
@@ -74,21 +74,21 @@ def panels(groups):
     for group in groups:
         if any(group.values(cell, "BA") for cell in NAMES):
             found.setdefault(group.panel, []).append(group)
-    several = {p: of for p, of in found.items() if sum(g.attack != "none" for g in of) > 1}
+    several = {p: of for p, of in found.items() if sum(g.leads for g in of) > 1}
     return several or found
 
 
 def overview(groups):
     """Return the front page's table: BA / ASR / RA of ResNet-18 on CIFAR-10 under the first three attacks.
 
-    A line for the victims of one recipe, a column for a defense; both only where there is a record of a defense.
+    A line for the victims of an attack's usual recipe, a column for a defense; both only where a defense has a record.
     """
     rows, columns = [], ["none"]
     for group in groups:
         ours = (group.recipe["network"], group.recipe["dataset"]) == ("resnet18", "cifar10")
         found = {cell: [group.values(cell, key) for key in ("BA", "ASR", "RA")] for cell in FRONT}
         defended = [cell for cell in FRONT if cell != "none" and found[cell][0]]
-        if ours and group.attack in ATTACKS[:3] and defended:
+        if ours and group.leads and group.attack in ATTACKS[:3] and defended:
             rows.append((group, found))
             columns += defended
     columns = [cell for cell in FRONT if cell in columns]
@@ -136,7 +136,7 @@ def _grid(title, key, band, columns, last, groups):
         if n == 0 and not any(found):
             continue
         cells = [spread(v) + (f" ({len(v)})" if 0 < len(v) < m else "") for v, m in zip(found, counts, strict=True)]
-        whole = sum(g.attack != "none" for g in columns)
+        whole = sum(g.leads for g in columns)
         of = f" ({n})" if n < whole else ""
         rows.append([name, *cells, *([f"{100 * mean:.1f}{of}" if n else "–"] * last)])
     best = [ceiling(g, groups) if key == "RA" else [] for g in band]
@@ -229,12 +229,15 @@ def networks(groups):
 
 
 def victim_table(victims):
-    """Return the table of the victims that have the name train.py gives: what they are, their figures, their making."""
+    """Return the table of the victims that have the name train.py gives, or one that adds `-word` to it.
+
+    What they are, their figures, how they were made. Files of other names, as of other seeds, are left out.
+    """
     rows = []
     for v in victims:
         a = v.about
-        usual = v.path and checkpoint_path(v.recipe["dataset"], a["network"], v.attack, a["width"]).name
-        if v.path is None or v.path.name != usual:
+        usual = v.path and checkpoint_path(v.recipe["dataset"], a["network"], v.attack, a["width"]).stem
+        if v.path is None or not (v.path.stem == usual or v.path.stem.startswith(f"{usual}-")):
             continue
         label = "clean" if v.attack == "none" else "clean-label" if a["clean_label"] else "dirty-label"
         poison = label if v.attack == "none" else f"{label}, {100 * a['poison_rate']:g} %, {a.get('sampling') or '–'}"

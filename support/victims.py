@@ -120,13 +120,17 @@ def panel_of(recipe):
 
 @dataclass
 class Group:
-    """The victims of one recipe, one for each seed; `name` is unique among those of the same panel."""
+    """The victims of one recipe, one for each seed; `name` is unique among those of the same panel.
+
+    leads: whether means over attacks take this group: one of each attack, that of the most usual recipe.
+    """
 
     panel: str
     name: str
     attack: str
     recipe: dict
     victims: list
+    leads: bool = False
     found: dict = field(default_factory=dict)
 
     def records(self, cell):
@@ -149,12 +153,16 @@ def grouped(victims):
     for by_seed in by_recipe.values():
         first, *_ = members = list(by_seed.values())
         groups.append(Group(panel_of(first.recipe), first.attack, first.attack, first.recipe, members))
-    usual = flags.parser("train.py")
+    usual, leading = flags.parser("train.py"), {}
     for group in groups:
         alike = [g.recipe for g in groups if (g.panel, g.attack) == (group.panel, group.attack)]
         differ = [k for k in group.recipe if any(r[k] != group.recipe[k] for r in alike)]
         own = {k: group.recipe[k] for k in differ if group.recipe[k] != usual.get_default(k)}
         group.name = ", ".join([group.attack, *(f"{k}={v}" for k, v in own.items())])
+        if group.attack != "none":
+            leading.setdefault((group.panel, group.attack), []).append((len(own), group))
+    for alike in leading.values():
+        min(alike, key=lambda pair: pair[0])[1].leads = True
     return groups
 
 

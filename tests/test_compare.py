@@ -137,6 +137,25 @@ def test_victims_of_other_recipes_are_groups_of_their_own(house, change, names):
     assert len({(g.panel, g.name) for g in groups}) == 2
 
 
+def test_a_mean_over_attacks_takes_one_recipe_of_each(house):
+    house.victim("b", sampling="fixed"), house.victim("a"), house.victim("c", attack="wanet")
+    for name, ba in (("a", 0.9), ("b", 0.5), ("c", 0.8)):
+        house.record(house.folder / f"ckpt/cifar10_{name}.pt", "ft", figures(ba, 0.5, 0.25))
+    groups = house.groups()
+    assert {g.name: g.leads for g in groups} == {"badnet": True, "badnet, sampling=fixed": False, "wanet": True}
+    assert house.table(tables.averages(groups), "resnet18")["FT"] == ["85.0", "50.0", "25.0", "2"]  # (90 + 80) / 2
+    assert house.table(tables.grids(groups), "resnet18: BA %")["FT"][-1] == "85.0"
+    assert "sampling" not in tables.overview(groups)
+
+
+def test_the_table_of_victims_has_those_named_as_train_py_names_them(house):
+    usual = "resnet18_badnet"
+    for seed, name in enumerate((usual, f"{usual}-fixed", f"{usual}_seed1", "mine")):
+        house.victim(name, seed=seed)
+    files = house.table(tables.victim_table(house.victims()), "file")
+    assert set(files) - {"file"} == {f"`cifar10_{usual}.pt`", f"`cifar10_{usual}-fixed.pt`"}
+
+
 def test_a_file_of_an_earlier_version_is_of_the_recipe_that_it_was_made_by(house):
     house.victim("a", seed=1)
     house.victim("b", seed=2, size=32, flip=True, dataset="cifar10")  # what is said by now, and was so before
