@@ -119,9 +119,10 @@ def rounded(model):
     return state
 
 
-def defend(args, config, device, dtype):
+def defend(args, device, dtype):
     """Repair a victim, or measure it."""
     path, model, checkpoint, backdoor = inputs.load_victim(args, device)
+    config = configure(args)
     if checkpoint["bounds"] is not None or checkpoint["defense"]:
         raise InputError(f"{path} is a defended model; give --ckpt the victim")
     names = (args.dataset, checkpoint["network"], args.attack, checkpoint["width"])
@@ -180,13 +181,15 @@ def poisoned_set(images, labels, poison, backdoor, batch_size=1000):
     return images, labels
 
 
-def train_by_dbd(args, config, device, dtype):
+def train_by_dbd(args, device, dtype):
     """Train a network with DBD on a `fixed` poisoned set, whose images carry the trigger before training."""
+    inputs.answer(args, dict.fromkeys(utils.UNKNOWN))
+    config = configure(args)
     if place_of(args.attack):
         raise InputError("dbd trains on poisoned images: give --attack a trigger that makes them")
     if args.ckpt:
         raise InputError("dbd repairs no victim, it trains a network of its own; leave --ckpt out")
-    args.attack, args.network, said = str(args.attack), str(args.network), inputs.new_network(args)
+    args.network, said = str(args.network), inputs.new_network(args)
     classes, tag = inputs.class_names(args), utils.network_tag(args.network, args.width)
     own = utils.checkpoint_path(args.dataset, args.network, args.attack, args.width)
     out = Path(args.out or own.with_name(f"{own.stem}_dbd.pt"))
@@ -265,11 +268,10 @@ def train_by_dbd(args, config, device, dtype):
 def main(argv=None):
     """The command."""
     args = flags.parser("defend.py").parse_args(argv)
-    config = configure(args)
     device = utils.get_device(args.device)
     dtype = utils.get_dtype(args.precision, device)
     machine.reset_peak_memory(device)
-    (train_by_dbd if args.defense == "dbd" else defend)(args, config, device, dtype)
+    (train_by_dbd if args.defense == "dbd" else defend)(args, device, dtype)
 
 
 if __name__ == "__main__":

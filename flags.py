@@ -45,8 +45,16 @@ class InputError(ValueError):
     """Bad input that the user can correct; its message is one line that says what to do."""
 
 
-class Unsaid(str):
-    """A string that marks the default of a flag, for flags where it matters whether the user gave them."""
+class Unsaid:
+    """Marks the default of a flag that the victim's file may answer where the user does not give it."""
+
+
+class UnsaidName(Unsaid, str):
+    """Such a default that is a name."""
+
+
+class UnsaidNumber(Unsaid, int):
+    """Such a default that is a number."""
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -154,21 +162,22 @@ DATASET = one_of(DATASETS, "folder", "npz")
 def _network(p, plants=False):
     """Add the flags of network, data and device; names and defaults are the authors'.
 
-    plants: whether the command itself puts triggers on images; all others also take triggered images.
+    plants: whether the command itself puts triggers on images; all others also take triggered images, and take what
+    a flag does not say from the victim's file.
     """
     known, kinds = (("none", *ATTACKS), ()) if plants else (("none", "file", *ATTACKS), ("folder",))
     own_images = "; file: the checkpoint's own triggered images; folder:PATH: triggered images in a folder per class"
     also = "" if plants else own_images
     p.add_argument("--datadir", default=str(ROOT / "data"), help="folder of the data sets")
-    p.add_argument("--dataset", default="cifar10", type=DATASET, help=f"{', '.join(DATASETS)}, folder:PATH, npz:PATH")
-    p.add_argument("--size", default=32, type=bounded(int, 8, MAX_SIZE), help="side that the images are resized to")
+    name, number = (str, int) if plants else (UnsaidName, UnsaidNumber)
+    sets = f"{', '.join(DATASETS)}, folder:PATH, npz:PATH"
+    p.add_argument("--dataset", default=name("cifar10"), type=DATASET, help=sets)
+    p.add_argument("--size", default=number(32), type=bounded(int, 8, MAX_SIZE), help="side that images are resized to")
     p.add_argument(
-        "--network", default=Unsaid("resnet18"), type=network, metavar="NAME",
+        "--network", default=name("resnet18"), type=network, metavar="NAME",
         help=f"network of the victim: {', '.join(NETWORKS)}, torchvision:NAME, timm:NAME",
     )  # fmt: skip
-    p.add_argument("--attack", default=Unsaid("badnet"), type=one_of(known, *kinds), help=f"{', '.join(known)}{also}")
-    if plants:  # plain strings, because they are saved in the checkpoint
-        p.set_defaults(network="resnet18", attack="badnet")
+    p.add_argument("--attack", default=name("badnet"), type=one_of(known, *kinds), help=f"{', '.join(known)}{also}")
     names = ", ".join(NORMALIZATIONS) if plants else f"{', '.join(NORMALIZATIONS)}, auto"
     own = "authors" if plants else "the checkpoint's, else the known one of best accuracy"
     for name, usual in (("mean", own), ("std", "that of --mean")):
@@ -185,7 +194,8 @@ def _common(p, plants=False):
     """Add the flags of every command that measures ASR; plants: see _network()."""
     _network(p, plants)
     p.add_argument("--batch_size", default=128, type=COUNT, help="images per batch: evaluation, train.py")
-    p.add_argument("--target", default=0, type=class_or_all, help="target class; all: each class to the next")
+    target = 0 if plants else UnsaidNumber(0)
+    p.add_argument("--target", default=target, type=class_or_all, help="target class; all: each class to the next")
 
 
 def _victim(p):

@@ -1,6 +1,6 @@
 """What the flags of a command mean: the data set, the victim, its trigger, the images that a defense sees."""
 
-from flags import NETWORKS, NORMALIZATIONS, InputError, Unsaid, normalization, place_of
+from flags import ATTACKS, DATASETS, NETWORKS, NORMALIZATIONS, InputError, Unsaid, normalization, place_of
 
 import argparse
 from pathlib import Path
@@ -48,14 +48,25 @@ def victim_path(args):
     return path
 
 
+def answer(args, checkpoint):
+    """Give `args` the attack, target, data set and image size that the file names, where the user gave none."""
+    for flag in ("attack", "target", "dataset", "size"):
+        value, said = vars(args).get(flag), checkpoint[flag]
+        if isinstance(value, Unsaid):
+            known = {"attack": said in ("none", *ATTACKS), "dataset": said in DATASETS or place_of(str(said))}
+            plain = str(value) if isinstance(value, str) else int(value)
+            setattr(args, flag, said if said is not None and known.get(flag, True) else plain)
+
+
 def load_network(args, device):
     """Return (path, model, checkpoint) that the flags mean."""
-    classes, asked = class_names(args), normalization(args)
-    path = victim_path(args)
+    asked, path = normalization(args), victim_path(args)
     checkpoint = utils.load_checkpoint(path, None if isinstance(args.network, Unsaid) else args.network)
     args.network = checkpoint["network"]
-    if isinstance(args.attack, Unsaid):
-        args.attack = "file" if checkpoint["bd_test"] else str(args.attack)
+    if isinstance(args.attack, Unsaid) and checkpoint["bd_test"]:
+        args.attack = "file"
+    answer(args, checkpoint)
+    classes = class_names(args)
     if checkpoint["num_classes"] != len(classes):
         n = f"{path} has {checkpoint['num_classes']} classes, {args.dataset} has {len(classes)}"
         raise InputError(f"{n}; give the --dataset that it is for, or another model")

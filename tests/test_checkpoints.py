@@ -1,6 +1,6 @@
 """Checkpoints are data: what is saved comes back, what is foreign is read or refused, and no code ever runs."""
 
-from flags import NORMALIZATIONS, ROOT, InputError
+from flags import ATTACKS, NORMALIZATIONS, ROOT, InputError
 
 import os
 import pickle
@@ -23,6 +23,7 @@ from backdoors import get_backdoor
 from support import inputs
 
 AUTHORS = NORMALIZATIONS["authors"]
+ATTACK_ENDS = tuple(f"_{attack}{sampling}" for attack in ("none", *ATTACKS) for sampling in ("", "-fixed"))
 
 
 def random_bounds(model, scale):
@@ -453,3 +454,28 @@ def test_what_is_no_regular_file_is_not_replaced(tmp_path):
     assert pipe.is_fifo()
     with pytest.raises(InputError, match="it is a folder"):
         utils.check_place("/")
+
+
+# --- the victims in ckpt/ --------------------------------------------------------------------------------------------
+
+
+def victims():
+    """The victims of CIFAR-10 in ckpt/, without what was made of them."""
+    stems = [path.stem for path in sorted(utils.CKPT.glob("cifar10_*.pt"))]
+    return [stem for stem in stems if stem.endswith(ATTACK_ENDS)]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("few_test_images")
+@pytest.mark.parametrize("stem", victims())
+def test_a_victim_measures_as_its_file_says(stem, tmp_path, capsys):
+    """By its name alone, on 500 images, up to the error of so few."""
+    path = utils.CKPT / f"{stem}.pt"
+    evaluate.main(["--ckpt", str(path), "--dataset", "cifar10_sample", "--outdir", str(tmp_path)])
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("BA "))
+    victim, shown = utils.load_checkpoint(path), dict(re.findall(r"(BA|ASR|RA) ([0-9.]+) %", line))
+    said = {key: victim[key] for key in ("BA", "ASR", "RA") if victim.get(key) is not None}
+    assert set(said) <= set(shown)
+    for key, share in said.items():
+        error = (share * (1 - share) / 400) ** 0.5
+        assert abs(float(shown[key]) / 100 - share) < 0.01 + 4 * error, (key, line)

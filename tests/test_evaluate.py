@@ -1,5 +1,6 @@
 """The evaluator: BA, ASR and RA of models whose figures are known; and the trigger's effect on activations."""
 
+import flags
 from flags import InputError
 
 import pytest
@@ -8,7 +9,9 @@ from torch import nn
 
 import data
 import models
+import utils
 from evaluate import Measured, evaluate, main
+from support import inputs
 from support.activations import N_SIGMA, effect_table, tightness_table, trigger_effect, uniform_bounds
 
 TARGET = 3
@@ -192,7 +195,7 @@ def test_a_network_in_training_mode_is_measured_in_eval_mode(tiny, defense, seen
 
 
 @pytest.mark.usefixtures("few_test_images")
-@pytest.mark.parametrize("attack", ["none", "badnet", "wanet", "reflection", "blended"])
+@pytest.mark.parametrize("attack", ["none", "badnet", "wanet"])
 def test_the_command(victim_file, tmp_path, capsys, monkeypatch, attack):
     monkeypatch.setattr("support.activations.SEEN", 50)
     flags = ["--dataset", "cifar10_sample", "--attack", attack, "--ckpt", str(victim_file), "--outdir", str(tmp_path)]
@@ -207,6 +210,36 @@ def test_the_command(victim_file, tmp_path, capsys, monkeypatch, attack):
         assert (tmp_path / picture).exists() == (attack != "none")
     assert out.count("layer4") == (0 if attack == "none" else 4)  # the table of sites
     assert out.count("mean + 2.5 std") == (0 if attack == "none" else 1)  # bounds alike for all neurons
+
+
+def test_the_file_answers_what_no_flag_says(victim_file, tmp_path, capsys):
+    told, silent, odd = tmp_path / "told.pt", tmp_path / "silent.pt", tmp_path / "odd.pt"
+    victim = utils.load_checkpoint(victim_file)
+    for path, said in (
+        (told, {"attack": "wanet", "target": 3, "dataset": "svhn", "size": 48, "trigger": None}),
+        (silent, dict.fromkeys(("attack", "target", "dataset", "size"))),
+        (odd, {"attack": "of another tool", "dataset": "mine", "trigger": None}),
+    ):
+        utils.save_checkpoint(victim | said, path)
+
+    def meant(path, *words):
+        args = flags.parser("unit.py").parse_args(["--device", "cpu", "--ckpt", str(path), *words])
+        inputs.load_victim(args, torch.device("cpu"))
+        values = args.attack, args.target, args.dataset, args.size
+        assert [type(value) for value in values] == [str, int, str, int]  # as a checkpoint may hold them
+        return values
+
+    given = ("--attack", "blend", "--target", "0", "--dataset", "cifar10")
+    assert meant(told) == ("wanet", 3, "svhn", 48)
+    assert capsys.readouterr().out == ""
+    assert meant(told, *given) == ("blend", 0, "cifar10", 48)
+    out = capsys.readouterr().out
+    assert [word in out for word in ("attack wanet", "target 3", "dataset svhn")] == [True] * 3
+    assert meant(silent) == meant(odd) == ("badnet", 0, "cifar10", 32)
+    with pytest.raises(InputError, match="no class of svhn"):
+        meant(told, "--target", "10")
+    with pytest.raises(InputError, match="give --size 48"):
+        meant(told, "--size", "32")
 
 
 def test_a_place_that_cannot_be_written_is_said_before_measuring(victim_file, tmp_path, monkeypatch):

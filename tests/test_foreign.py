@@ -281,7 +281,7 @@ def test_the_commands_measure_on_the_pictures_of_a_result(tiny, tmp_path, in_mem
         (["--ckpt", "bare.pt", "--network", "resnet34"], "it is no resnet34"),
         (["--ckpt", "bare.pt", "--mean", "0.5"], "three numbers each"),
         (["--ckpt", "eight.pt"], "eight.pt has 8 classes, cifar10_sample has 10"),
-        (["--ckpt", "vit.pt"], "vit.pt is for images of 48x48; give --size 48"),
+        (["--ckpt", "vit.pt", "--size", "32"], "vit.pt is for images of 48x48; give --size 48"),
         (["--ckpt", "nan.pt"], "in conv1.weight"),
     ],
 )

@@ -214,12 +214,12 @@ def test_an_all_to_all_victim_from_training_to_defense(tmp_path, some_of_the_sam
     assert (victim["target"], victim["n_triggered"], victim["n_target"]) == ("all", 200, 0)
     said = figures(capsys.readouterr().out)
     words = [*SMALL, "--ckpt", str(out), "--outdir", str(tmp_path)]
-    evaluate.main([*words, "--target", "all"])
+    evaluate.main(words)  # the file says its target
     assert figures(capsys.readouterr().out) == said
-    evaluate.main(words)
+    evaluate.main([*words, "--target", "0"])
     assert "trained with target all, measured with 0" in capsys.readouterr().out
     places = ["--results", str(tmp_path), "--out", str(tmp_path / "d.pt")]
-    unit.main([*words, *places, "--target", "all", "--n_steps", "1"])
+    unit.main([*words, *places, "--n_steps", "1"])
     assert (tmp_path / "v" / "unit,dataset=cifar10_sample,n_steps=1,target=all.json").exists()
 
 
