@@ -87,7 +87,7 @@ def test_unit_saves_what_it_measured(victim_file, tmp_path, capsys):
     out = capsys.readouterr().out
     shares = r"BA \d+\.\d\d %  ASR \d+\.\d\d %  RA \d+\.\d\d %  target class \d+\.\d\d %"
     n_target = int((data.load_dataset("cifar10_sample", None, train=False)[1] == 0).sum())
-    counts = rf"\(500 clean, {500 - n_target} triggered, {n_target} of the target class\)"
+    counts = rf"\(100 clean, {100 - n_target} triggered, {n_target} of the target class\)"
     assert re.search(rf"before  {shares}  {counts}", out)
     assert re.search(rf"after   {shares}  {counts}", out)
     steps = [line for line in out.splitlines() if line.startswith("step ") and "CE" in line]

@@ -201,7 +201,7 @@ def test_the_command(victim_file, tmp_path, capsys, monkeypatch, attack):
     flags = ["--dataset", "cifar10_sample", "--attack", attack, "--ckpt", str(victim_file), "--outdir", str(tmp_path)]
     main([*flags, "--device", "cpu", "--activations"])
     out = capsys.readouterr().out
-    assert "500 test images of cifar10_sample" in out
+    assert "100 test images of cifar10_sample" in out
     line = next(line for line in out.splitlines() if line.startswith("BA "))
     assert 60 < float(line.split()[1]) < 80  # of the recorded small victim
     assert ("ASR" in line, "RA" in line) == (attack != "none", attack != "none")
