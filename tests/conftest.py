@@ -63,6 +63,16 @@ def few_test_images():
         yield
 
 
+@pytest.fixture(scope="session")
+def few_images(tmp_path_factory):
+    """The flags of the sample with 100 test images, for commands in a process of their own."""
+    path = tmp_path_factory.mktemp("few") / "few.npz"
+    (x_train, y_train), (x_test, y_test) = (cifar10.load_sample(train) for train in (True, False))
+    arrays = {"x_train": x_train, "y_train": y_train, "x_test": x_test[::20], "y_test": y_test[::20]}
+    np.savez(path, **{k: v.numpy() for k, v in arrays.items()})
+    return ["--dataset", str(path), "--flip"]
+
+
 @pytest.fixture
 def few_tries(monkeypatch):
     """Normalizations are tried on 60 images at most: to save time."""

@@ -187,11 +187,11 @@ def test_a_place_that_cannot_be_written_is_said_before_the_search(victim_file, t
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_two_processes_find_the_same(victim_file, tmp_path):
+def test_two_processes_find_the_same(victim_file, few_images, tmp_path):
     """torchrun shares each step's images among its processes; alphas agree exactly, CE, R and bounds to rounding."""
     # with the default seed, on AVX-512, an activation meets its bound to the last bit: clipped in one, not in the other
-    short = [*SMALL, "--ckpt", str(victim_file), "--n_steps", "4", "--lr", "0.01", "--seed", "1", "--data_rate", "0.5"]
-    short += ["--step_images", "151"]  # of 200
+    short = [*SMALL, *few_images, "--ckpt", str(victim_file), "--n_steps", "4", "--lr", "0.01", "--seed", "1"]
+    short += ["--data_rate", "0.5", "--step_images", "151"]  # of 200
     folders = [tmp_path / "1", tmp_path / "2"]
     alone, shared = ([*short, "--out", str(f / "d.pt"), "--results", str(f), "--outdir", str(f)] for f in folders)
     process = command("unit.py", *shared, launcher=TORCHRUN, cwd=tmp_path)
@@ -217,9 +217,9 @@ def test_two_processes_find_the_same(victim_file, tmp_path):
         assert difference.max() < 0.01
 
 
-def test_two_processes_train_one_victim(tmp_path):
+def test_two_processes_train_one_victim(few_images, tmp_path):
     out = tmp_path / "v.pt"
-    short = [*TRAIN, "--epochs", "2", "--attack", "badnet", "--ckpt", str(out)]
+    short = [*TRAIN, *few_images, "--epochs", "2", "--attack", "badnet", "--ckpt", str(out)]
     process = command("train.py", *short, launcher=TORCHRUN, cwd=tmp_path)
     said, err = process.communicate()
     assert process.returncode == 0, err

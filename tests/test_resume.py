@@ -185,10 +185,10 @@ def test_where_one_process_is_out_of_time_all_end_after_the_same_step(search, tm
     assert Partial(tmp_path / "d.pt", {}, CPU).step == 2
 
 
-def test_ctrl_c_saves_the_best_bounds_and_ends_in_130(victim_file, tmp_path):
+def test_ctrl_c_saves_the_best_bounds_and_ends_in_130(victim_file, few_images, tmp_path):
     flags = ["--out", str(tmp_path / "d.pt"), "--results", str(tmp_path / "r"), "--outdir", str(tmp_path)]
     flags += ["--data_rate", "0.2", "--n_steps", "100000"]
-    process = command("unit.py", *SMALL, "--ckpt", str(victim_file), *flags)
+    process = command("unit.py", *SMALL, *few_images, "--ckpt", str(victim_file), *flags)
     for line in process.stdout:
         if line.startswith("step"):
             break
