@@ -231,8 +231,16 @@ def watching(sites, n, look):
         look(site, a)
         return a
 
-    with _Sites(sites, n, at):
+    with replacing(sites, n, at):
         yield
+
+
+def replacing(sites, n, at):
+    """Return a context in which each site's activations a are at(site, a), in one forward pass of n images.
+
+    sites: as for watching(); at: returns a tensor of the same shape and type. Errors as there.
+    """
+    return _Sites(sites, n, at)
 
 
 @torch.no_grad()

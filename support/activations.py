@@ -106,6 +106,24 @@ def tightness_table(model, images, measure):
 
 
 @torch.no_grad()
+def around_activations(model, images, backdoor, batch_size=128):
+    """Classify triggered images with every activation replaced by that of the image without the trigger.
+
+    What a trigger still does then reaches the output around the activation functions, through attention for example,
+    and no bound takes it away. images: uint8 (N, 3, H, W). Returns the classes, int64 (N,).
+    """
+    net, sites, images = _bare(model, images)
+    classes = []
+    for x in _batches(images, None, batch_size):
+        clean = {}
+        with models.watching(sites, len(x), lambda site, a, clean=clean: clean.update({site: a.clone()})):
+            net(x)
+        with models.replacing(sites, len(x), lambda site, _a, clean=clean: clean[site]):
+            classes.append(models.logits(net(backdoor(x))).argmax(1))
+    return torch.cat(classes)
+
+
+@torch.no_grad()
 def uniform_bounds(model, images, n_sigma, batch_size=128):
     """Return [{site: bounds (C, H, W)}], one for each k in n_sigma: mean + k * std of the unclipped activations.
 

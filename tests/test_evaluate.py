@@ -11,7 +11,7 @@ import data
 import models
 import utils
 from evaluate import Measured, evaluate, main
-from support import inputs
+from support import activations, inputs
 from support.activations import N_SIGMA, effect_table, tightness_table, trigger_effect, uniform_bounds
 
 TARGET = 3
@@ -210,6 +210,7 @@ def test_the_command(victim_file, tmp_path, capsys, monkeypatch, attack):
         assert (tmp_path / picture).exists() == (attack != "none")
     assert out.count("layer4") == (0 if attack == "none" else 4)  # the table of sites
     assert out.count("mean + 2.5 std") == (0 if attack == "none" else 1)  # bounds alike for all neurons
+    assert out.count("with the activations of the images without the trigger: ASR") == (attack != "none")
 
 
 def test_the_file_answers_what_no_flag_says(victim_file, tmp_path, capsys):
@@ -250,6 +251,27 @@ def test_a_place_that_cannot_be_written_is_said_before_measuring(victim_file, tm
 
 
 # --- what the trigger does inside -------------------------------------------------------------------------------------
+
+
+class Bypass(nn.Module):
+    """Says 4; 3 where the first pixel is bright, which it learns through a ReLU or around it."""
+
+    def __init__(self, around):
+        super().__init__()
+        self.around, self.head = around, nn.Parameter(torch.eye(5)[3:])
+
+    def forward(self, x):
+        pixel = x[:, 0, 0, 0] - 0.5
+        seen = torch.relu(pixel)
+        return torch.stack((pixel if self.around else seen, torch.full_like(seen, 0.1)), 1) @ self.head
+
+
+def test_what_a_trigger_does_around_the_activations(tiny, defense, seen):
+    assert activations.around_activations(Bypass(True), seen // 4, Brighten()).unique().tolist() == [3]
+    assert activations.around_activations(Bypass(False), seen // 4, Brighten()).unique().tolist() == [4]
+    with torch.no_grad():  # a ResNet's last activation is all that its logits are made of
+        want = tiny(data.to_float(seen)).argmax(1)
+    assert torch.equal(activations.around_activations(tiny, seen, Brighten(), batch_size=30), want)
 
 
 def test_the_neurons_that_a_trigger_moves_most(tiny, seen, bounds):
