@@ -109,8 +109,9 @@ def tightness_table(model, images, measure):
 def around_activations(model, images, backdoor, batch_size=128):
     """Classify triggered images with every activation replaced by that of the image without the trigger.
 
-    What a trigger still does then reaches the output around the activation functions, through attention for example,
-    and no bound takes it away. images: uint8 (N, 3, H, W). Returns the classes, int64 (N,).
+    What a trigger still does then reaches the output around the activation functions, through attention for example;
+    bounds that leave the clean activations as they are do not take it away.
+    images: uint8 (N, 3, H, W). Returns the classes, int64 (N,).
     """
     net, sites, images = _bare(model, images)
     classes = []
