@@ -92,10 +92,12 @@ def from_records(folder):
 def all_victims(results, named=()):
     """Return the victims in ckpt/, those `named` by their paths, and those that only their records in `results` show.
 
-    Files named after another victim and a defense, as compare.py names what it saves, are not opened.
+    Of ckpt/ only files are opened that are named after a data set, and not after a defense, as compare.py names what
+    it saves.
     """
     defended = re.compile(rf"_({'|'.join((*flags.DEFENSES, 'unit', 'dbd'))})(_|$)")
-    paths = [p for p in utils.CKPT.glob("cifar10_*.pt") if ".partial" not in p.name and not defended.search(p.stem)]
+    paths = [p for p in utils.CKPT.glob("*.pt") if p.name.startswith(tuple(f"{name}_" for name in flags.DATASETS))]
+    paths = [p for p in paths if ".partial" not in p.name and not defended.search(p.stem)]
     by_path = {p.resolve(): p for p in (*map(Path, named), *paths)}
     victims = [v for p in by_path.values() if (v := from_file(p, results))]
     known = {v.stem for v in victims}

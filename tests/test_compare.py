@@ -107,6 +107,15 @@ def test_mean_and_standard_deviation(shares, text):
     assert tables.spread(shares) == text
 
 
+def test_victims_in_ckpt_are_the_files_named_after_a_data_set(house):
+    """Others there, and what was made of a victim, are not opened."""
+    path = house.victim("a", dataset="fashion_mnist")
+    path.rename(path.with_name("fashion_mnist_a.pt"))
+    for name in ("mine", "fashionable_a", "cifar10_a_unit", "fashion_mnist_a_ft", "fashion_mnist_a.partial"):
+        (path.parent / f"{name}.pt").write_bytes(b"no checkpoint")
+    assert [v.stem for v in house.victims()] == ["fashion_mnist_a"]
+
+
 def test_victims_that_differ_in_seed_alone_are_one_group(house):
     for name, seed in (("b", 7), ("a", 1024), ("c", 1)):  # whatever their files are called
         house.victim(name, seed=seed)
