@@ -153,7 +153,8 @@ def defend(args, device, dtype):
         after = measure(repaired.model)
         print(f"after   {after}\n{seconds:.1f} s")
         made = {"name": args.defense, **asdict(config), "findings": repaired.findings}
-        saved = {**checkpoint, **after._asdict(), "size": args.size, "state_dict": state, "defense": made}
+        about = inputs.about_defended(args, checkpoint, backdoor)
+        saved = {**checkpoint, **after._asdict(), **about, "state_dict": state, "defense": made}
         utils.save_checkpoint(saved, out)
         figures = {"data": len(images), "labels": config.uses_labels, "seconds": seconds}
         figures |= {"peak_GiB": partial.peak_so_far(), "findings": repaired.findings}

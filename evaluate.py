@@ -117,10 +117,16 @@ def main(argv=None):
     path, model, checkpoint, backdoor = inputs.load_victim(args, device)
     if args.activations and backdoor is None and args.attack != "none":
         raise flags.InputError("--activations needs a trigger; leave it out with triggered images")
+    if args.activations and backdoor is None:
+        print("note: --activations shows what a trigger does; with --attack none there is nothing to show")
     images, labels, triggered = inputs.test_data(args, checkpoint, device)
     picture = Path(args.outdir) / f"demo_{utils.file_tag(args.attack)}.png"
     if backdoor is not None or triggered is not None:
         utils.check_place(picture)
+    if args.activations and backdoor is not None and backdoor.test_set(images[:1], labels[:1], -1)[1] is None:
+        raise flags.InputError(
+            f"--activations needs images without the trigger; {args.attack} mixes several, leave it out"
+        )
     print(f"{path}, {len(images):,} test images of {args.dataset}")
     ready = (args.target, args.batch_size, dtype)
     print(evaluate(model, images, labels, backdoor, *ready, triggered), flush=True)
@@ -147,12 +153,11 @@ def main(argv=None):
         neurons, sites = activations.trigger_effect(model, some, backdoor, batch_size=args.batch_size)
         plots.draw_moved(neurons, picture)
         print(f"{activations.effect_table(sites)}\n\n{activations.tightness_table(model, some, measure)}")
-        around = activations.around_activations(model, some, backdoor, args.batch_size)
+        classes = activations.own_bounds(model, some, backdoor, args.batch_size, dtype)
         wanted = (their + 1) % checkpoint["num_classes"] if args.target == "all" else args.target
-        asr, ra = (100 * (around == classes).double().mean().item() for classes in (wanted, their))
-        print(
-            f"with the activations of the images without the trigger: ASR {asr:.2f} %  RA {ra:.2f} %\nwrote {picture}"
-        )
+        asr, ra = (100 * (classes == c).double().mean().item() for c in (wanted, their))
+        print(f"each image bounded by its own activations without the trigger: ASR {asr:.2f} %  RA {ra:.2f} %")
+        print(f"wrote {picture}")
 
 
 if __name__ == "__main__":

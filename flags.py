@@ -59,6 +59,8 @@ class UnsaidNumber(Unsaid, int):
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action):
+        if isinstance(action.default, Unsaid):
+            return f"{action.help} (default: the checkpoint's, else %(default)s)"
         return action.help if action.default is None else super()._get_help_string(action)
 
 
@@ -156,7 +158,9 @@ def class_or_all(text):
     return text if text == "all" else bounded(int, 0)(text)
 
 
-DATASET = one_of(DATASETS, "folder", "npz")
+# argparse types of the flags that a victim's file may answer
+ATTACK, DATASET = one_of(("none", "file", *ATTACKS), "folder"), one_of(DATASETS, "folder", "npz")
+ANSWERS = {"attack": ATTACK, "target": class_or_all, "dataset": DATASET, "size": bounded(int, 8, MAX_SIZE)}
 
 
 def _network(p, plants=False):
@@ -165,19 +169,20 @@ def _network(p, plants=False):
     plants: whether the command itself puts triggers on images; all others also take triggered images, and take what
     a flag does not say from the victim's file.
     """
-    known, kinds = (("none", *ATTACKS), ()) if plants else (("none", "file", *ATTACKS), ("folder",))
+    known = ("none", *ATTACKS) if plants else ("none", "file", *ATTACKS)
     own_images = "; file: the checkpoint's own triggered images; folder:PATH: triggered images in a folder per class"
     also = "" if plants else own_images
     p.add_argument("--datadir", default=str(ROOT / "data"), help="folder of the data sets")
     name, number = (str, int) if plants else (UnsaidName, UnsaidNumber)
     sets = f"{', '.join(DATASETS)}, folder:PATH, npz:PATH"
     p.add_argument("--dataset", default=name("cifar10"), type=DATASET, help=sets)
-    p.add_argument("--size", default=number(32), type=bounded(int, 8, MAX_SIZE), help="side that images are resized to")
+    p.add_argument("--size", default=number(32), type=ANSWERS["size"], help="side that images are resized to")
     p.add_argument(
         "--network", default=name("resnet18"), type=network, metavar="NAME",
         help=f"network of the victim: {', '.join(NETWORKS)}, torchvision:NAME, timm:NAME",
     )  # fmt: skip
-    p.add_argument("--attack", default=name("badnet"), type=one_of(known, *kinds), help=f"{', '.join(known)}{also}")
+    kind = one_of(known) if plants else ATTACK
+    p.add_argument("--attack", default=name("badnet"), type=kind, help=f"{', '.join(known)}{also}")
     names = ", ".join(NORMALIZATIONS) if plants else f"{', '.join(NORMALIZATIONS)}, auto"
     own = "authors" if plants else "the checkpoint's, else the known one of best accuracy"
     for name, usual in (("mean", own), ("std", "that of --mean")):
@@ -260,7 +265,7 @@ def _evaluate(p):
     _common(p)
     p.add_argument("--ckpt", help="victim or defended model (default: the victim of --network and --attack)")
     _trigger_of(p)
-    p.add_argument("--activations", action="store_true", help="also the trigger's effect inside: table and picture")
+    p.add_argument("--activations", action="store_true", help="also the trigger's effect inside: tables and picture")
     p.add_argument("--outdir", default=".", help="folder of the picture")
 
 
@@ -366,7 +371,7 @@ def run(main):
     try:
         main()
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error}".replace("\n", " "), file=sys.stderr)  # a name in it may have two lines
         _leave(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -314,15 +314,12 @@ def main(argv=None):
         print(f"{watch.why} after {steps} of {config.n_steps} steps: keeping the best bounds so far")
     if not result.found_good:
         print("note: no step kept the validation accuracy within acc_degrade; the last step's bounds are taken")
-    saved = checkpoint | {
-        "size": args.size,
+    saved = checkpoint | inputs.about_defended(args, checkpoint, backdoor)
+    saved |= {
         "state_dict": utils.packed_weights(model.state_dict()),
         "bounds": {k: v.cpu() for k, v in result.bounds.items()},
         "defense": {"name": "unit", "best_step": result.best_step, **asdict(config)},
     }
-    if backdoor is not None and checkpoint["attack"] is None:  # a file without an attack: save the user's
-        trigger = {k: v.cpu() for k, v in backdoor.state_dict().items()}
-        saved |= {"attack": args.attack, "target": args.target, "trigger": trigger}
     utils.save_checkpoint(saved | dict.fromkeys(before._fields), out)  # before measuring, which may be interrupted
     defended = models.clipped(model, result.bounds)
     after = measure(defended)

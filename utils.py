@@ -236,7 +236,7 @@ def _own(content, path, network):
     """Return the checkpoint in a file of ours."""
     for key, kind in KINDS.items():
         if not isinstance(content.get(key), kind | None):
-            raise ValueError(f"its {key} is {' '.join(str(content[key]).split())[:60]}, which cannot be")
+            raise ValueError(f"its {key} is {' '.join(repr(content[key]).split())[:60]}, which cannot be")
     if not data.backdoorbench.are_entries(content.get("bd_test") or []):
         raise ValueError("its bd_test is not as a defended model keeps it")
     if content["format"] != FORMAT:

@@ -6,6 +6,7 @@ import torch
 
 import data
 import models
+import utils
 
 SEEN = 1000  # test images that evaluate.py takes
 N_SIGMA = (4, 3, 2.5, 2, 1.5, 1)  # tightness of the uniform bounds of tightness_table()
@@ -106,21 +107,22 @@ def tightness_table(model, images, measure):
 
 
 @torch.no_grad()
-def around_activations(model, images, backdoor, batch_size=128):
-    """Classify triggered images with every activation replaced by that of the image without the trigger.
+def own_bounds(model, images, backdoor, batch_size=128, dtype=torch.float32):
+    """Classify triggered images, each under bounds of its own: its activations without the trigger.
 
-    What a trigger still does then reaches the output around the activation functions, through attention for example;
-    bounds that leave the clean activations as they are do not take it away.
-    images: uint8 (N, 3, H, W). Returns the classes, int64 (N,).
+    Bounds for all images cannot be tighter anywhere without changing clean activations. What a trigger still does
+    mostly goes around the activation functions, through attention for example.
+    images: uint8 (N, 3, H, W); dtype: of autocast. Returns the classes, int64 (N,).
     """
     net, sites, images = _bare(model, images)
     classes = []
-    for x in _batches(images, None, batch_size):
-        clean = {}
-        with models.watching(sites, len(x), lambda site, a, clean=clean: clean.update({site: a.clone()})):
-            net(x)
-        with models.replacing(sites, len(x), lambda site, _a, clean=clean: clean[site]):
-            classes.append(models.logits(net(backdoor(x))).argmax(1))
+    for x, triggered in zip(*(_batches(images, t, batch_size) for t in (None, backdoor)), strict=True):
+        own = {}
+        with utils.autocast(images.device, dtype):
+            with models.watching(sites, len(x), lambda site, a, own=own: own.update({site: a.relu()})):
+                net(x)
+            with models.replacing(sites, len(x), lambda site, a, own=own: torch.minimum(a, own[site].to(a.dtype))):
+                classes.append(models.logits(net(triggered)).argmax(1))
     return torch.cat(classes)
 
 

@@ -1,6 +1,6 @@
 """What the flags of a command mean: the data set, the victim, its trigger, the images that a defense sees."""
 
-from flags import ATTACKS, DATASETS, NETWORKS, NORMALIZATIONS, InputError, Unsaid, normalization, place_of
+from flags import ANSWERS, ATTACKS, DATASETS, NETWORKS, NORMALIZATIONS, InputError, Unsaid, normalization, place_of
 
 import argparse
 from pathlib import Path
@@ -17,12 +17,16 @@ from fast import ranks
 from . import foreign, resume
 
 
-def class_names(args):
-    """Return the classes of the data set that the flags mean. Raises InputError when --target is none of them."""
+def class_names(args, path=None):
+    """Return the classes of the data set that the flags mean. Raises InputError when the target is none of them.
+
+    path: the file that answers for --target where the user did not, see answer().
+    """
     names = data.class_names(args.dataset)
     target = vars(args).get("target", "all")  # detect.py has none
     if target != "all" and target >= len(names):
-        raise InputError(f"--target {target} is no class of {args.dataset}: it has 0 to {len(names) - 1}")
+        whose = f"the target of {path}, {target}," if path else f"--target {target}"
+        raise InputError(f"{whose} is no class of {args.dataset}: it has 0 to {len(names) - 1}; give another --target")
     return names
 
 
@@ -48,14 +52,29 @@ def victim_path(args):
     return path
 
 
-def answer(args, checkpoint):
-    """Give `args` the attack, target, data set and image size that the file names, where the user gave none."""
-    for flag in ("attack", "target", "dataset", "size"):
+def answer(args, checkpoint, path=None):
+    """Give `args` the attack, target, data set and image size that the file names, where the user gave none.
+
+    An attack or a data set that is unknown here is no answer. Returns the flags that the file answered. Raises
+    InputError for a value that the flag would not take, and for images of one's own that are no longer there.
+    """
+    answered = set()
+    for flag, kind in ANSWERS.items():
         value, said = vars(args).get(flag), checkpoint[flag]
-        if isinstance(value, Unsaid):
-            known = {"attack": said in ("none", *ATTACKS), "dataset": said in DATASETS or place_of(str(said))}
-            plain = str(value) if isinstance(value, str) else int(value)
-            setattr(args, flag, said if said is not None and known.get(flag, True) else plain)
+        if not isinstance(value, Unsaid):
+            continue
+        known = {"attack": said in ("none", *ATTACKS), "dataset": said in DATASETS or place_of(str(said))}
+        if said is None or not known.get(flag, True):
+            setattr(args, flag, str(value) if isinstance(value, str) else int(value))
+            continue
+        try:
+            setattr(args, flag, kind(str(said)))
+        except argparse.ArgumentTypeError:
+            raise InputError(f"the {flag} of {path} is {said!r}, which cannot be; give --{flag}") from None
+        answered.add(flag)
+        if flag == "dataset" and place_of(said) and not place_of(said)[1].exists():
+            raise InputError(f"the data set of {path}, {said}, is not here; give --dataset")
+    return answered
 
 
 def load_network(args, device):
@@ -65,8 +84,9 @@ def load_network(args, device):
     args.network = checkpoint["network"]
     if isinstance(args.attack, Unsaid) and checkpoint["bd_test"]:
         args.attack = "file"
-    answer(args, checkpoint)
-    classes = class_names(args)
+    guessed = args.ckpt is not None and isinstance(args.dataset, Unsaid)
+    answered = answer(args, checkpoint, path)
+    classes = class_names(args, path if "target" in answered else None)
     if checkpoint["num_classes"] != len(classes):
         n = f"{path} has {checkpoint['num_classes']} classes, {args.dataset} has {len(classes)}"
         raise InputError(f"{n}; give the --dataset that it is for, or another model")
@@ -75,6 +95,8 @@ def load_network(args, device):
         raise InputError(f"{path} is for images of {size}x{size}; give --size {size}")
     model = utils.build_model(path, checkpoint, device)
     takes(model, path, size)
+    if guessed and "dataset" not in answered and ranks.ranks()[0] == 0:
+        print(f"note: {path} does not say its data set; {args.dataset} is taken", flush=True)
     settle_normalization(args, path, model, checkpoint, asked)
     return path, model, checkpoint
 
@@ -119,8 +141,10 @@ def trigger_source(args, checkpoint):
         return checkpoint
     source = utils.load_checkpoint(path)
     if source["trigger"] is None or source["attack"] != args.attack:
-        held = f"one of {source['attack']}" if source["trigger"] is not None else "none"
-        raise InputError(f"--trigger_of {path} holds no trigger of {args.attack}, but {held}; give --attack or another")
+        held, other = "none", "another file"
+        if source["trigger"] is not None:
+            held, other = f"one of {source['attack']}", f"--attack {source['attack']}, or another file"
+        raise InputError(f"--trigger_of {path} holds no trigger of {args.attack}, but {held}; give {other}")
     size = source["size"] or 32
     if size != args.size:
         raise InputError(f"--trigger_of {path} is for images of {size}x{size}; give another, or --size {size}")
@@ -140,6 +164,17 @@ def check_apart(flag, place, taken):
     for what, path in taken.items():
         if place and path and Path(place).resolve() == Path(path).resolve():
             raise InputError(f"{flag} is {what} {path} itself; give another place")
+
+
+def about_defended(args, checkpoint, backdoor):
+    """Return what the file of a repaired victim says of images and attack: as the victim's own, else as the flags."""
+    about = {"dataset": checkpoint["dataset"] or args.dataset, "size": args.size}
+    if checkpoint["attack"] is None and backdoor is not None:
+        trigger = {k: v.cpu() for k, v in backdoor.state_dict().items()}
+        about |= {"attack": args.attack, "target": args.target, "trigger": trigger}
+    elif checkpoint["attack"] is None and args.attack == "none":
+        about["attack"] = "none"
+    return about
 
 
 def origin(path, checkpoint, *tensors):

@@ -14,7 +14,7 @@ import models
 import utils
 from backdoors import get_backdoor
 from data import cifar10
-from support import foreign
+from support import foreign, plots
 from tests.images import FLOWER, RINGS, SCENE, generator, grids, picture, regular_grid
 
 flags.keep_freed_memory()  # as the commands do
@@ -71,6 +71,13 @@ def few_images(tmp_path_factory):
     arrays = {"x_train": x_train, "y_train": y_train, "x_test": x_test[::20], "y_test": y_test[::20]}
     np.savez(path, **{k: v.numpy() for k, v in arrays.items()})
     return ["--dataset", str(path), "--flip"]
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """The pictures of evaluate.py and unit.py are empty files, to save time where nobody looks at them."""
+    for name in ("draw_demo", "draw_history"):
+        monkeypatch.setattr(plots, name, lambda *what: what[-1].touch())
 
 
 @pytest.fixture

@@ -124,6 +124,7 @@ def test_unit_saves_what_it_measured(victim_file, tmp_path, capsys):
         run_defend(tmp_path / "d.pt", tmp_path, "--defense", "none")
 
 
+@pytest.mark.usefixtures("few_tries", "undrawn")
 def test_a_victim_from_elsewhere_is_saved_to_the_last_bit(tiny, tmp_path, capsys):
     """Its weights are not representable in half precision, and the file does not name its attack."""
     foreign = tmp_path / "foreign.pt"
@@ -132,7 +133,7 @@ def test_a_victim_from_elsewhere_is_saved_to_the_last_bit(tiny, tmp_path, capsys
     before, after = (utils.load_checkpoint(p) for p in (foreign, tmp_path / "d.pt"))
     weights = before["state_dict"]
     assert all(torch.equal(after["state_dict"][k].to(v.dtype), v) for k, v in weights.items())
-    assert (after["attack"], after["target"]) == ("badnet", 0)
+    assert (after["attack"], after["target"], after["dataset"]) == ("badnet", 0, "cifar10_sample")
     printed = capsys.readouterr().out.split("after   ")[1].splitlines()[0]
     run_unit(foreign, tmp_path, "--phase", "test")
     assert printed in capsys.readouterr().out
@@ -148,6 +149,7 @@ assert "models" not in sys.modules
 """
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_an_exported_model_needs_torch_alone(victim_file, tmp_path, capsys):
     """Loaded in another folder by an interpreter that sees nothing of this project."""
     images = torch.rand(5, 3, 32, 32)
@@ -186,19 +188,33 @@ def test_a_place_that_cannot_be_written_is_said_before_the_search(victim_file, t
     assert victim_file.read_bytes() == before
 
 
+BOTH = f"""import json, sys
+sys.path.insert(0, {str(ROOT)!r})
+import torch.distributed, train, unit
+unit.main(json.loads(sys.argv[1]))
+torch.distributed.init_process_group = lambda *_: None  # they have joined it
+train.main(json.loads(sys.argv[2]))
+"""
+
+
 @pytest.mark.usefixtures("one_thread")
-def test_two_processes_find_the_same(victim_file, few_images, tmp_path):
-    """torchrun shares each step's images among its processes; alphas agree exactly, CE, R and bounds to rounding."""
+def test_two_processes_find_the_same_and_train_one_victim(victim_file, few_images, tmp_path):
+    """torchrun shares each step's images among its processes; alphas agree exactly, CE, R and bounds to rounding.
+
+    Both commands run after one another in the same two processes, to save time.
+    """
     # with the default seed, on AVX-512, an activation meets its bound to the last bit: clipped in one, not in the other
     short = [*SMALL, *few_images, "--ckpt", str(victim_file), "--n_steps", "4", "--lr", "0.01", "--seed", "1"]
     short += ["--data_rate", "0.5", "--step_images", "151"]  # of 200
     folders = [tmp_path / "1", tmp_path / "2"]
     alone, shared = ([*short, "--out", str(f / "d.pt"), "--results", str(f), "--outdir", str(f)] for f in folders)
-    process = command("unit.py", *shared, launcher=TORCHRUN, cwd=tmp_path)
+    training = [*TRAIN, *few_images, "--epochs", "2", "--attack", "badnet", "--ckpt", str(tmp_path / "v.pt")]
+    (tmp_path / "both.py").write_text(BOTH)
+    process = command(tmp_path / "both.py", *map(json.dumps, (shared, training)), launcher=TORCHRUN, cwd=tmp_path)
     unit.main(alone)  # meanwhile
     out, err = process.communicate()
     assert process.returncode == 0, err
-    assert out.count("after ") == 1  # one process speaks
+    assert (out.count("after   BA"), out.count("epoch   2")) == (1, 1)  # one process speaks
     paths = [next(folder.rglob("*.json")) for folder in folders]
     one, two = (json.loads(path.read_text()) for path in paths)
     paths = [path.with_suffix(".npz") for path in paths]
@@ -216,19 +232,12 @@ def test_two_processes_find_the_same(victim_file, few_images, tmp_path):
         assert (difference > 1e-5).float().mean() < 1e-3
         assert difference.max() < 0.01
 
-
-def test_two_processes_train_one_victim(few_images, tmp_path):
-    out = tmp_path / "v.pt"
-    short = [*TRAIN, *few_images, "--epochs", "2", "--attack", "badnet", "--ckpt", str(out)]
-    process = command("train.py", *short, launcher=TORCHRUN, cwd=tmp_path)
-    said, err = process.communicate()
-    assert process.returncode == 0, err
-    assert said.count("epoch   2") == 1
-    history = utils.load_checkpoint(out)["history"]
+    history = utils.load_checkpoint(tmp_path / "v.pt")["history"]
     assert len(history) == 2
     assert history[1]["loss"] < history[0]["loss"]
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("attack", ["none", "wanet", "blended", "input_aware"])
 def test_every_kind_of_attack_trains_a_victim_that_measures_as_it_said(tmp_path, attack, capsys, monkeypatch):
     """By the file alone, with its trigger, and by the flags that name it; also after a defense."""

@@ -210,7 +210,7 @@ def test_the_command(victim_file, tmp_path, capsys, monkeypatch, attack):
         assert (tmp_path / picture).exists() == (attack != "none")
     assert out.count("layer4") == (0 if attack == "none" else 4)  # the table of sites
     assert out.count("mean + 2.5 std") == (0 if attack == "none" else 1)  # bounds alike for all neurons
-    assert out.count("with the activations of the images without the trigger: ASR") == (attack != "none")
+    assert out.count("each image bounded by its own activations without the trigger: ASR") == (attack != "none")
 
 
 def test_the_file_answers_what_no_flag_says(victim_file, tmp_path, capsys):
@@ -237,10 +237,39 @@ def test_the_file_answers_what_no_flag_says(victim_file, tmp_path, capsys):
     out = capsys.readouterr().out
     assert [word in out for word in ("attack wanet", "target 3", "dataset svhn")] == [True] * 3
     assert meant(silent) == meant(odd) == ("badnet", 0, "cifar10", 32)
+    assert f"note: {silent} does not say its data set; cifar10 is taken" in capsys.readouterr().out
     with pytest.raises(InputError, match="no class of svhn"):
         meant(told, "--target", "10")
     with pytest.raises(InputError, match="give --size 48"):
         meant(told, "--size", "32")
+
+
+@pytest.mark.parametrize(
+    ("said", "reason"),
+    [
+        ({"target": -1}, "target of .*v.pt is -1, .*give --target"),
+        ({"target": "3x"}, "target of .*v.pt is '3x', .*give --target"),
+        ({"target": True}, "target of .*v.pt is True, .*give --target"),
+        ({"target": 10}, "target of .*v.pt, 10, is no class of cifar10: it has 0 to 9; give another --target"),
+        ({"size": 4}, "size of .*v.pt is 4, .*give --size"),
+        ({"dataset": "npz:gone.npz"}, "data set of .*v.pt, npz:gone.npz, is not here; give --dataset"),
+        ({"dataset": "folder:/gone"}, "data set of .*v.pt, folder:/gone, is not here; give --dataset"),
+    ],
+)
+@pytest.mark.parametrize("command", ["unit.py", "defend.py"])
+def test_an_answer_that_cannot_be_names_the_file_and_the_flag(victim_file, tmp_path, said, reason, command):
+    utils.save_checkpoint(utils.load_checkpoint(victim_file) | said, tmp_path / "v.pt")
+    more = ["--defense", "ft"] if command == "defend.py" else []
+    args = flags.parser(command).parse_args(["--device", "cpu", "--ckpt", str(tmp_path / "v.pt"), *more])
+    with pytest.raises(InputError, match=reason):
+        inputs.load_victim(args, torch.device("cpu"))
+
+
+def test_the_activations_of_a_mix_of_images_have_no_counterpart(victim_file, tmp_path):
+    words = ["--dataset", "cifar10_sample", "--ckpt", str(victim_file), "--outdir", str(tmp_path), "--activations"]
+    with pytest.raises(InputError, match="leave it out with composite"):
+        main([*words, "--attack", "composite", "--target", "2"])
+    assert not list(tmp_path.glob("*.png"))
 
 
 def test_a_place_that_cannot_be_written_is_said_before_measuring(victim_file, tmp_path, monkeypatch):
@@ -266,12 +295,16 @@ class Bypass(nn.Module):
         return torch.stack((pixel if self.around else seen, torch.full_like(seen, 0.1)), 1) @ self.head
 
 
-def test_what_a_trigger_does_around_the_activations(tiny, defense, seen):
-    assert activations.around_activations(Bypass(True), seen // 4, Brighten()).unique().tolist() == [3]
-    assert activations.around_activations(Bypass(False), seen // 4, Brighten()).unique().tolist() == [4]
-    with torch.no_grad():  # a ResNet's last activation is all that its logits are made of
-        want = tiny(data.to_float(seen)).argmax(1)
-    assert torch.equal(activations.around_activations(tiny, seen, Brighten(), batch_size=30), want)
+def test_what_bounds_of_its_own_leave_of_an_images_trigger(tiny, defense, seen):
+    assert activations.own_bounds(Bypass(True), seen // 4, Brighten()).unique().tolist() == [3]
+    assert activations.own_bounds(Bypass(False), seen // 4, Brighten()).unique().tolist() == [4]
+    want, sites = [], models.activation_sites(tiny, data.to_float(seen[:2]))
+    for x in data.to_float(seen[:20]).split(1):
+        own = {}
+        with torch.no_grad(), models.watching(sites, 1, lambda site, a, own=own: own.update({site: a[0].clone()})):
+            tiny(x)
+        want.append(models.clipped(tiny, own)(Brighten()(x)).argmax().item())
+    assert activations.own_bounds(tiny, seen[:20], Brighten(), batch_size=7).tolist() == want
 
 
 def test_the_neurons_that_a_trigger_moves_most(tiny, seen, bounds):

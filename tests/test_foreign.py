@@ -273,6 +273,7 @@ def test_the_commands_measure_on_the_pictures_of_a_result(tiny, tmp_path, in_mem
         evaluate.main([*given, "--activations"])
 
 
+@pytest.mark.usefixtures("few_tries")
 @pytest.mark.parametrize(
     ("words", "reason"),
     [

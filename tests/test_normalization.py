@@ -175,6 +175,13 @@ def test_the_measured_normalizations_stand_in_the_flags():
 # --- the commands -----------------------------------------------------------------------------------------------------
 
 
+def about_defended(path):
+    """What evaluate.py takes from a defended model where no flag says it."""
+    saved = utils.load_checkpoint(path)
+    return saved["std"], saved["attack"], saved["dataset"], saved["size"]
+
+
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.usefixtures("few_test_images", "few_tries")
 def test_a_bare_file_is_tried_by_the_commands_and_its_normalization_kept(tiny, tmp_path, capsys):
     """The small victim, for raw images: its first layers take over the normalization, but for the padded border."""
@@ -198,12 +205,13 @@ def test_a_bare_file_is_tried_by_the_commands_and_its_normalization_kept(tiny, t
     assert float(said[-1].split()[1]) < ba - 20
     more = ["--out", str(tmp_path / "d.pt"), "--results", str(tmp_path)]
     unit.main([*given, *more, "--ckpt", str(tmp_path / "raw.pt"), "--n_steps", "1", "--data_rate", "0.2"])
-    assert utils.load_checkpoint(tmp_path / "d.pt")["std"] == (1.0, 1.0, 1.0)
+    assert about_defended(tmp_path / "d.pt") == ((1.0, 1.0, 1.0), "none", "cifar10_sample", 32)
     ft = ["--defense", "ft", "--epochs", "1", "--data_rate", "0.2"]
     defend.main([*given[:-2], *more, "--ckpt", str(tmp_path / "raw.pt"), *ft])
-    assert utils.load_checkpoint(tmp_path / "d.pt")["std"] == (1.0, 1.0, 1.0)
+    assert about_defended(tmp_path / "d.pt") == ((1.0, 1.0, 1.0), "none", "cifar10_sample", 32)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_of_a_small_set_all_training_images_are_tried(tiny, tmp_path, capsys):
     images, labels = data.load_dataset("cifar10_sample", None, train=False)[0][:30].numpy(), np.arange(30) % 10
     np.savez(tmp_path / "s.npz", x_train=images, y_train=labels, x_test=images, y_test=labels)

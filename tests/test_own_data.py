@@ -427,6 +427,7 @@ def home(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_43_classes_end_to_end(signs, home, capsys, monkeypatch):
     monkeypatch.setattr(ulrl, "Config", partial(ulrl.Config, relearn_epochs=1))
     own = ["--dataset", f"folder:{signs}", *CPU]
@@ -470,6 +471,7 @@ def test_dbd_with_another_number_of_classes(signs, home, monkeypatch):
     assert (about["num_classes"], model.linear.out_features, about["defense"]["flip"]) == (43, 43, False)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_64_pixels_end_to_end(signs, home, capsys):
     """The bounds of a defended model are for its size, and with a trigger in the file that cannot be mistaken."""
     own = ["--dataset", f"folder:{signs}", *CPU, "--ckpt", str(home / "v.pt")]

@@ -24,7 +24,7 @@ from support.resume import Partial
 from support.watch import Watch
 from tests.running import SMALL, TRAIN, command, run_defend, run_unit
 
-pytestmark = pytest.mark.usefixtures("few_test_images")
+pytestmark = pytest.mark.usefixtures("few_test_images", "few_tries", "undrawn")
 CPU = torch.device("cpu")
 
 

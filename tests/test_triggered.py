@@ -99,6 +99,7 @@ def test_triggered_images_of_other_names_are_drawn_alone(triggered, victim_file,
         assert alone.height < 200  # of one row
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_unit_and_defend_take_triggered_images(triggered, victim_file, tmp_path, capsys):
     words = [*SMALL, "--ckpt", str(victim_file), "--attack", f"folder:{triggered}", "--results", str(tmp_path)]
     unit.main(
@@ -207,6 +208,7 @@ def test_poisoned_images_are_labeled_as_the_next_class(attack):
     assert torch.equal(given[~hit], true[~hit])
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_an_all_to_all_victim_from_training_to_defense(tmp_path, some_of_the_sample, capsys):
     out = tmp_path / "v.pt"
     train.main([*TRAIN, "--epochs", "1", "--target", "all", "--ckpt", str(out)])
