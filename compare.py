@@ -227,11 +227,12 @@ def draw(groups, folder):
         found = [best if cell == "ceiling" else group.values(cell, key) for cell in columns]
         return [statistics.mean(values) if values else None for values in found]
 
-    maps = [
-        (f"{panel}: {key} %", [g.name for g in attacked], [row(g, key) for g in attacked], key == "ASR")
-        for panel, attacked in shown.items()
-        for key in (("RA", "ASR") if len(shown) == 1 else ("RA",))
-    ]
+    maps = []
+    for panel, attacked in shown.items():
+        for key in ("RA", "ASR") if len(shown) == 1 else ("RA",):
+            rows = {g.name: row(g, key) for g in attacked}
+            rows = {name: shares for name, shares in rows.items() if any(s is not None for s in shares)}
+            maps.append((f"{panel}: {key} %", list(rows), list(rows.values()), key == "ASR"))
     plots.draw_heatmap(list(columns.values()), maps, folder / "heatmap.png")
     plots.draw_tradeoff(points, folder / "tradeoff.png")
 

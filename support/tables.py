@@ -101,14 +101,20 @@ def overview(groups):
 
 
 def averages(groups):
-    """Return a table for each panel: a line per defense, the means over the attacks that it has a record for."""
+    """Return a table for each panel: a line per defense, the means over the attacks that it has a record for.
+
+    A figure that fewer attacks have, as RA is undefined for Composite, has their number in parentheses.
+    """
     parts = []
     for panel, of_panel in panels(groups).items():
         rows = []
         for cell, name in NAMES.items():
-            (ba, n), (asr, _), (ra, _) = (mean_of_means(of_panel, cell, key) for key in ("BA", "ASR", "RA"))
+            means = [mean_of_means(of_panel, cell, key) for key in ("BA", "ASR", "RA")]
+            n = means[0][1]
             if n:
-                rows.append([name, *(f"{100 * s:.1f}" if s is not None else "–" for s in (ba, asr, ra)), n])
+                fewer = ["" if m in (0, n) else f" ({m})" for _, m in means]
+                shares = ["–" if s is None else f"{100 * s:.1f}" for s, _ in means]
+                rows.append([name, *map("".join, zip(shares, fewer, strict=True)), n])
         if rows:
             parts.append(markdown([panel, "BA %", "ASR %", "RA %", "attacks"], rows))
     return "\n\n".join(parts)

@@ -540,6 +540,24 @@ def test_what_is_drawn_is_what_was_measured(house, monkeypatch):
     }
 
 
+def test_an_attack_without_ra_is_counted_apart(house, monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setattr(utils, "CKPT", house.folder / "ckpt")
+    given = {}
+    monkeypatch.setattr(plots, "draw_heatmap", lambda *a: given.update(heatmap=a))
+    monkeypatch.setattr(plots, "draw_tradeoff", lambda *_: None)
+    for attack, ra in (("badnet", 0.8), ("wanet", 0.6), ("composite", None)):
+        path = house.victim(attack, attack, width=0.25)
+        for cell in ("none", "ft", "unit"):
+            house.record(path, cell, figures(0.9, 0.3, ra))
+    house.compare("--no-run")
+    (_, rows, ra, _), (_, others, asr, _) = given["heatmap"][1]
+    assert (rows, others) == (["badnet", "wanet"], ["badnet", "wanet", "composite"])
+    assert (ra, asr) == ([[0.8] * 3, [0.6] * 3], [[0.3] * 3] * 3)
+    averages = house.table(tables.averages(house.groups()), "resnet18-w0.25")
+    assert averages["UNIT"] == ["90.0", "30.0", "70.0 (2)", "3"]
+
+
 # --- what is run ------------------------------------------------------------------------------------------------------
 
 COPY = "import shutil, sys; print('made'); shutil.copy(*sys.argv[1:])"

@@ -26,6 +26,7 @@ from backdoors import get_backdoor
 from data import backdoorbench
 from models import libraries
 from support import foreign
+from tests import backdoorbench as written
 from tests.running import SMALL
 from tests.test_checkpoints import Evil
 
@@ -49,41 +50,9 @@ def images():
 
 
 def attack_result(state, images, labels, folder=None, number=np.int64, n=N, **changes):
-    """What BackdoorBench saves; folder: where `record` lies, None to hold the images in memory.
-
-    Image i of `images` is number 2 i + 1 of a test set of 2 n + 2 images.
-    """
-    entries = {}
-    for i, (image, label) in enumerate(zip(images, labels.tolist(), strict=True)):
-        index, picture = number(2 * i + 1), PIL.Image.fromarray(image.permute(1, 2, 0).numpy())
-        if folder is None:
-            entries[index] = (picture, number(0), number(label))
-            continue
-        path = f"./record/mine/bd_test_dataset/{label}/{2 * i + 1}.png"
-        (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        picture.save(folder / path)
-        entries[index] = {"path": path, "other_info": [number(0), number(label)]}
-    indicator = np.zeros(2 * n + 2)
-    indicator[1::2] = 1
-    place = None if folder is None else "./record/mine/bd_test_dataset"
-    bd_test = {
-        "bd_data_container": {"save_folder_path": place, "data_dict": entries, "save_file_format": ".png"},
-        "getitem_all": True,
-        "getitem_all_switch": False,
-        "original_index_array": np.where(indicator == 1)[0],
-        "poison_indicator": indicator,
-        "save_folder_path": place,
-    }
-    return {
-        "model_name": "preactresnet18",
-        "num_classes": 10,
-        "model": state,
-        "data_path": "./data/cifar10",
-        "img_size": (32, 32, 3),
-        "clean_data": "cifar10",
-        "bd_train": None,
-        "bd_test": bd_test,
-    } | changes
+    """What BackdoorBench saves; image i of `images` is number 2 i + 1 of a test set of 2 n + 2 images."""
+    indices = range(1, 2 * len(images), 2)
+    return written.attack_result(state, images, labels, indices, 2 * n + 2, "mine", folder, number, **changes)
 
 
 # --- BackdoorBench ----------------------------------------------------------------------------------------------------
