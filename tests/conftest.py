@@ -4,6 +4,7 @@ import flags  # first, as in the commands
 
 import copy
 import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from support import foreign, plots
 from tests.images import FLOWER, RINGS, SCENE, generator, grids, picture, regular_grid
 
 flags.keep_freed_memory()  # as the commands do
+signal.signal(signal.SIGINT, signal.default_int_handler)  # as they do: a shell ignores it for what runs behind it
 if "PYTEST_XDIST_WORKER" in os.environ:  # pytest -n: processes share the cores, and their threads would only wait
     torch.set_num_threads(1)
 

@@ -267,7 +267,7 @@ def test_an_answer_that_cannot_be_names_the_file_and_the_flag(victim_file, tmp_p
 
 def test_the_activations_of_a_mix_of_images_have_no_counterpart(victim_file, tmp_path):
     words = ["--dataset", "cifar10_sample", "--ckpt", str(victim_file), "--outdir", str(tmp_path), "--activations"]
-    with pytest.raises(InputError, match="leave it out with composite"):
+    with pytest.raises(InputError, match="composite mixes several"):
         main([*words, "--attack", "composite", "--target", "2"])
     assert not list(tmp_path.glob("*.png"))
 
