@@ -2,7 +2,7 @@
 
     python unit.py --attack badnet                                          # the paper's: 2,500 images, 300 steps
     python unit.py --attack badnet --step_images 250                        # an eighth of the images at a time
-    python unit.py --attack badnet --dataset cifar10_sample --n_steps 60    # 500 embedded images, no download
+    python unit.py --attack badnet --dataset cifar10_sample --n_steps 40    # 500 embedded images, no download
 
 Every neuron of a trained network gets an upper bound on its activation, as tight as a small loss of accuracy on clean
 images allows. Activations are clipped there, so that abnormally large ones do not pass. The weights do not change.
