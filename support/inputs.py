@@ -248,13 +248,16 @@ def load_trigger(attack, checkpoint, device, size=32, width=None):
         if width is not None:
             raise InputError("without an attack there is no trigger; leave --trigger_width out")
         return None
+    own = checkpoint["trigger"] is not None and checkpoint["attack"] == attack
     try:
-        own = checkpoint["trigger"] is not None and checkpoint["attack"] == attack
         backdoor = backdoors.get_backdoor(attack, size, width=checkpoint.get("trigger_width") if own else width)
         if own:
             backdoor.load_state_dict(checkpoint["trigger"])
     except (OSError, ValueError, RuntimeError, TypeError, AttributeError) as error:
-        raise InputError(f"no trigger for {attack}: {' '.join(str(error).split())[:200]}") from None
+        reason = " ".join(str(error).split())[:200]
+        if own:  # torch's words on what does not fit
+            reason = f"that of the checkpoint does not fit ({reason}); give another --size, --attack or file"
+        raise InputError(f"no trigger for {attack} on images of {size}x{size}: {reason}") from None
     return backdoor.to(device)
 
 

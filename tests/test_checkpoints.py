@@ -360,7 +360,7 @@ def test_a_victims_own_trigger_goes_before_the_files(victim_file):
 @pytest.mark.parametrize("trigger", [{"patch": "x"}, {}, {"patch": torch.zeros(1)}])
 def test_a_trigger_that_is_none_is_refused(victim_file, trigger):
     bent(victim_file, trigger=trigger, attack="badnet")
-    with pytest.raises(InputError, match="no trigger for badnet") as caught:
+    with pytest.raises(InputError, match="no trigger for badnet on images of 32x32: .*; give another --size") as caught:
         inputs.load_trigger("badnet", utils.load_checkpoint(victim_file), torch.device("cpu"))
     assert "\n" not in str(caught.value)
 
