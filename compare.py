@@ -203,20 +203,27 @@ def draw_searches(victims, folder):
 
 
 def draw(groups, folder):
-    """Draw RA under every attack and defense, of a single panel ASR too, and what each defense costs and wins.
+    """Draw RA under every attack and defense, of a single panel ASR too, and what each defense costs and gains.
 
-    The panels are those with several defenses.
+    The panels are those with several defenses; in the second picture all points of a panel are means over the same
+    attacks.
     """
     shown, points = {}, {}
     for panel, of_panel in tables.panels(groups).items():
         attacked, gained = [g for g in of_panel if g.leads], {}
         for cell, name in tables.NAMES.items():
-            pairs = [pair for g in attacked for pair in gains(g, cell)]
-            if pairs and cell != "none":
-                lost, won = (statistics.mean(side) for side in zip(*pairs, strict=True))
-                gained[name] = lost, won, len(pairs)
+            found = {g.attack: pairs for g in attacked if (pairs := gains(g, cell))}
+            if found and cell != "none":
+                gained[name] = found
         if len(gained) > 1:  # one defense alone makes no picture
-            shown[panel], points[panel] = attacked, gained
+            shown[panel] = attacked
+            attacks = in_common(gained)
+            of = tables.named(attacks, [g.attack for g in attacked])
+            points[f"{panel}: mean over {of}"] = {
+                name: tuple(statistics.mean(statistics.mean(p[i] for p in found[a]) for a in attacks) for i in (0, 1))
+                for name, found in gained.items()
+                if set(attacks) <= set(found)
+            }
     drawn = [g for attacked in shown.values() for g in attacked]
     columns = {c: name for c, name in tables.NAMES.items() if any(g.values(c, "RA") for g in drawn)}
     if any(ceiling(g, groups) for g in drawn):
@@ -237,8 +244,21 @@ def draw(groups, folder):
     plots.draw_tradeoff(points, folder / "tradeoff.png")
 
 
+def in_common(gained):
+    """Return the attacks over which the picture compares defenses: those that make the most pairs of a defense and an
+    attack where each of two or more defenses has each attack. gained: {defense: {attack: ...}} of two or more.
+    """
+    attacks = list(dict.fromkeys(attack for found in gained.values() for attack in found))
+    attacks.sort(key=lambda attack: -sum(attack in found for found in gained.values()))
+    sizes = {}
+    for k in range(1, len(attacks) + 1):
+        having = sum(set(attacks[:k]) <= set(found) for found in gained.values())
+        sizes[k] = (having > 1, k * having, k)
+    return attacks[: max(sizes, key=sizes.get)]
+
+
 def gains(group, cell):
-    """Return (BA lost, RA won) against no defense, of each victim of a group that has both records."""
+    """Return (BA lost, RA gained) against no defense, of each victim of a group that has both records."""
     found = zip(group.records("none"), group.records(cell), strict=True)
     pairs = [(a["after"], b["after"]) for a, b in found if a and b]
     return [(a["BA"] - b["BA"], b["RA"] - a["RA"]) for a, b in pairs if a["RA"] is not None and b["RA"] is not None]

@@ -111,14 +111,6 @@ def repair(args, config, model, images, labels, partial, dtype):
     return repaired
 
 
-def rounded(model):
-    """Round the weights of `model` to half precision, in place, as they are saved; return that state dict."""
-    state = utils.half_weights(model.state_dict())
-    model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in state.items()})
-    model.to(memory_format=torch.channels_last)
-    return state
-
-
 def defend(args, device, dtype):
     """Repair a victim, or measure it."""
     path, model, checkpoint, backdoor = inputs.load_victim(args, device)
@@ -149,7 +141,7 @@ def defend(args, device, dtype):
         partial = Partial(out, settings, device, args.resume)
         print(f"{path}\nbefore  {before}{partial.said()}", flush=True)
         repaired = repair(args, config, model, images.to(device), labels.to(device), partial, dtype)
-        seconds, state = partial.seconds_so_far(), rounded(repaired.model)
+        seconds, state = partial.seconds_so_far(), utils.round_weights(repaired.model)
         after = measure(repaired.model)
         print(f"after   {after}\n{seconds:.1f} s")
         made = {"name": args.defense, **asdict(config), "findings": repaired.findings}
@@ -249,12 +241,12 @@ def train_by_dbd(args, device, dtype):
     whole = compiled(network, 2 * len(images) * config.simclr_epochs, args.width)
     state = partial.state["training"] if partial.state else None
     dbd.train(network, images, labels, config, args.seed, dtype, whole, callback, state)
-    seconds, state = partial.seconds_so_far(), rounded(network)
+    seconds, state = partial.seconds_so_far(), utils.round_weights(network)
     after = measure()
     about = {k: getattr(args, k) for k in ("dataset", "size", "network", "width", "attack", "target", "seed")}
     about |= said | {"num_classes": len(classes), "poison_rate": poison.rate}
     about |= {"poison_indices": poison.indices.to(torch.int32)}
-    about |= {"trigger": None if backdoor is None else {k: v.cpu() for k, v in backdoor.state_dict().items()}}
+    about |= {"trigger": inputs.trigger_state(backdoor)}
     made = {"bounds": None, "state_dict": state, "defense": {"name": "dbd", **asdict(config)}}
     utils.save_checkpoint({**about, **made, **after._asdict()}, out)
     figures = {"after": after._asdict(), "seconds": seconds, "peak_GiB": partial.peak_so_far()}

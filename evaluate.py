@@ -55,7 +55,8 @@ def evaluate(model, images, labels, backdoor, target, batch_size=128, dtype=torc
     uint8 or float in [0, 1], (N, 3, H, W); labels: int64 (N,); backdoor: the trigger, or None for BA alone; target: a
     class, or "all" for all-to-all; batch_size: images per forward pass, on a GPU at least 1,000; dtype: of autocast.
     triggered: instead of a backdoor, a tuple whose first items are images that carry a trigger and their true labels.
-    Returns a Measured. Raises InputError without images, or without one of another class than the target.
+    Returns a Measured. Raises InputError without images, without one of another class than the target, and for
+    all-to-all without true classes; ValueError where both backdoor and triggered are given.
     """
     if len(images) == 0:
         raise flags.InputError("there are no images to measure on")

@@ -1,7 +1,8 @@
 """The flags of every command, bad input, and exit statuses. It imports no torch and no other module of the project.
 
 A script imports this module first, so that --help and a wrong flag are answered before torch is loaded.
-Exit status of a command: 0 done, 1 a fault of ours, 2 bad input (one line on standard error), 130 interrupted.
+Exit status of a command: 0 done, 1 a fault of ours, a failed run of compare.py or a reader of the output that is gone,
+2 bad input (one line on standard error), 130 interrupted.
 """
 
 import argparse
@@ -61,7 +62,8 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action):
         if isinstance(action.default, Unsaid):
             return f"{action.help} (default: the checkpoint's, else %(default)s)"
-        return action.help if action.default is None else super()._get_help_string(action)
+        said = action.default is None or "(default:" in action.help
+        return action.help if said else super()._get_help_string(action)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -198,7 +200,7 @@ def _network(p, plants=False):
 def _common(p, plants=False):
     """Add the flags of every command that measures ASR; plants: see _network()."""
     _network(p, plants)
-    p.add_argument("--batch_size", default=128, type=COUNT, help="images per batch: evaluation, train.py")
+    p.add_argument("--batch_size", default=128, type=COUNT, help="images per batch of evaluation and train.py")
     target = 0 if plants else UnsaidNumber(0)
     p.add_argument("--target", default=target, type=class_or_all, help="target class; all: each class to the next")
 
@@ -238,7 +240,8 @@ def _width(p, whose=""):
     p.add_argument(
         "--poison_rate",
         type=bounded(float, 0, 0.99),
-        help=f"{whose}share poisoned, covers in proportion (default: the attack's usual)",
+        help=f"{whose}share of the training images that are poisoned; cover images, changed but with their own"
+        " label, in proportion (default: the attack's usual)",
     )
 
 
@@ -321,7 +324,8 @@ def _compare(p):
     p.add_argument("--victims", nargs="*", help="checkpoints to run defenses on (default: all victims in ckpt/)")
     p.add_argument(
         "--defenses", nargs="*", default=("none", *DEFENSES, "unit", "unit,step_images=250"),
-        help="defenses to run; settings after commas, as in unit,acc_degrade=0.05",
+        help="defenses to run; settings after commas, as in unit,acc_degrade=0.05 (default: none, all of defend.py but"
+        " dbd, unit, and unit,step_images=250)",
     )  # fmt: skip
     p.add_argument("--jobs", default=1, type=COUNT, help="runs side by side, each on its share of the cores")
     p.add_argument("--run", default=True, action=argparse.BooleanOptionalAction, help="run what has no record")

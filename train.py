@@ -101,15 +101,9 @@ def train_epoch(step, optimizers, train_set, poison, backdoor, config, epoch, pr
     return (total / n).tolist()
 
 
-def state_of(backdoor):
-    """Return the trigger's state for a checkpoint, None without a trigger."""
-    return None if backdoor is None else {k: v.cpu() for k, v in backdoor.state_dict().items()}
-
-
 def save_victim(model, config, poison, backdoor, test_set, dtype, history, seconds, path):
     """Round the weights to half precision, measure the result on `test_set`, save it; return the Measured."""
-    state = utils.half_weights(model.state_dict())
-    model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in state.items()})
+    state = utils.round_weights(model)
     measured = evaluate(model, *test_set, backdoor, config["target"], config["batch_size"], dtype)
     about = {
         "sampling": poison.sampling,
@@ -117,7 +111,7 @@ def save_victim(model, config, poison, backdoor, test_set, dtype, history, secon
         "cover_rate": poison.cover_rate,
         "clean_label": not poison.relabel,
         "poison_indices": poison.indices.to(torch.int32),
-        "trigger": state_of(backdoor),
+        "trigger": inputs.trigger_state(backdoor),
         "bounds": None,
         "history": history,
         "seconds": seconds,
@@ -223,7 +217,7 @@ def main(argv=None):
         say(f"{line}  {quick}  {partial.seconds_so_far():.0f} s")
         history.append({"loss": loss, "accuracy": accuracy, "BA": quick.BA, "ASR": quick.ASR})
         state = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers]}
-        state |= {"trigger": state_of(backdoor), "history": history}
+        state |= {"trigger": inputs.trigger_state(backdoor), "history": history}
         partial.keep(epoch + 1, lambda state=state: state, now=True)
 
     if first_rank:

@@ -2,7 +2,7 @@
 
     python unit.py --attack badnet                                          # the paper's: 2,500 images, 300 steps
     python unit.py --attack badnet --step_images 250                        # an eighth of the images at a time
-    python unit.py --attack badnet --dataset cifar10_sample --n_steps 40    # 500 embedded images, no download
+    python unit.py --attack badnet --dataset cifar10_sample --n_steps 40 --step_images 50    # embedded images
 
 Every neuron of a trained network gets an upper bound on its activation, as tight as a small loss of accuracy on clean
 images allows. Activations are clipped there, so that abnormally large ones do not pass. The weights do not change.
@@ -86,7 +86,9 @@ class UnitResult:
 
 @dataclass
 class AlphaSchedule:
-    """The weight alpha of R: doubled while accuracy holds, divided by 2 ** 1.5 while it does not."""
+    """The weight alpha of R: doubled after 5 good steps in a row, divided by 2 ** 1.5 after 5 bad ones. Where it is
+    below its initial value, 5 good steps in a row set it back to that.
+    """
 
     config: UnitConfig = field(default_factory=UnitConfig)
     alpha: float = field(init=False)  # of the next step
@@ -332,8 +334,8 @@ def main(argv=None):
     figures |= {"n_train": len(images[0]), "n_valid": len(images[2]), "steps": steps, "interrupted": watch.why}
     figures |= {k: getattr(result, k) for k in ("best_step", "found_good", "initial_acc")}
     figures |= {"R": [result.history["reg"][i] for i in (0, result.best_step)]}
-    records.save(record_at, "unit", args, config, victim, device, figures, result.history)
-    print(f"wrote {out}, {picture}, {record_at}")
+    kept = not records.save(record_at, "unit", args, config, victim, device, figures, result.history)
+    print(f"wrote {out}, {picture}" + (f"; {record_at} stays that of a whole search" if kept else f", {record_at}"))
     write_export(defended, args.export, args.size)
     if watch.why is None:
         partial.remove()

@@ -15,9 +15,10 @@ import torch
 
 import data
 import models
+from backdoors import TRIGGERS
 from data import load_dataset
 
-__all__ = ["load_dataset"]
+__all__ = ["load_dataset"]  # for users of this module
 
 CKPT = ROOT / "ckpt"
 FORMAT = 1  # of our checkpoints
@@ -186,6 +187,14 @@ def checkpoint_path(dataset, network, attack, width=1.0, suffix=""):
     return CKPT / f"{file_tag(dataset)}_{network_tag(network, width)}_{file_tag(attack)}{suffix}.pt"
 
 
+def round_weights(model):
+    """Round the weights of `model` to half precision, in place, as files hold them; return that state dict."""
+    state = half_weights(model.state_dict())
+    model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in state.items()})
+    model.to(memory_format=torch.channels_last)
+    return state
+
+
 def half_weights(state_dict):
     """Return the state dict on the CPU with tensors of two or more dimensions in half precision, others unchanged."""
     return {k: v.detach().cpu().half() if v.dim() > 1 else v.detach().cpu() for k, v in state_dict.items()}
@@ -241,7 +250,7 @@ def _own(content, path, network):
         raise ValueError("its bd_test is not as a defended model keeps it")
     if content["format"] != FORMAT:
         raise InputError(f"{path} has format {content['format']}, this version reads {FORMAT}; update the repo")
-    if "defence" in content:  # another spelling of the same key
+    if "defence" in content:  # an older file
         content["defense"] = content.pop("defence")
     if content.get("mean") is None or content.get("std") is None:
         content["mean"], content["std"] = NORMALIZATIONS["authors"]
@@ -280,7 +289,9 @@ def _how_to_make(path):
     for attack in ("none", *ATTACKS):
         for network in models.NETWORKS:
             if path.resolve() == checkpoint_path("cifar10", network, attack):
-                return f"make it with: python train.py --network {network} --attack {attack}"
+                there = [p for p in sorted(CKPT.glob(f"cifar10_*_{attack}.pt")) if p.resolve() != path.resolve()]
+                other = f"give --ckpt {os.path.relpath(there[0])}, or " if there else ""
+                return f"{other}make it with: python train.py {training_flags(network, attack)}"
             for dataset in DATASETS:
                 for defense in ("unit", *DEFENSES):
                     if path.name == f"{dataset}_{network}_{attack}_{defense}.pt":
@@ -288,6 +299,12 @@ def _how_to_make(path):
                         flags = f"--dataset {dataset} --network {network} --attack {attack}"
                         return f"make it with: python {script} {flags}"
     return "train one with: python train.py --attack badnet (or give --ckpt the right path)"
+
+
+def training_flags(network, attack):
+    """Return the flags of train.py for a victim."""
+    target = None if attack == "none" else TRIGGERS[attack].only_target
+    return f"--network {network} --attack {attack}" + (f" --target {target}" if target else "")
 
 
 def load_model(path, device="cpu", normalization=None, network=None):

@@ -1,9 +1,14 @@
 """Triggers by name, and how a training set is poisoned with them.
 
-A new trigger is a module here (copy badnet.py) with a subclass of trigger.Trigger, a line in TRIGGERS, and its name in
-flags.ATTACKS; every command then takes it. The class takes (folder, size) and maps (N, 3, H, W) in [0, 1] to the same.
-Its state lies in buffers or parameters, which the victim's checkpoint stores. A trigger with networks takes
-(folder, size, width) and has a class attribute `width`.
+badnet, patch, trojnn: a small picture replaces pixels; blend: noise, blended: a picture, sig: stripes, reflection: a
+photograph, mixed into the whole image; adaptive_blend: a picture in parts; filter: the filter of a photo app; cl:
+corners, on adversarial images; wanet: a warp; composite: parts of two images; dynamic, input_aware, lira: made by a
+network that is trained along with the victim; invisible, dfst: by one that is trained before it.
+
+A new trigger is a module here (copy badnet.py) with a subclass of trigger.Trigger, a line in TRIGGERS, and its name at
+the end of flags.ATTACKS; every command then takes it. The class takes (folder, size) and maps (N, 3, H, W) in [0, 1]
+to the same. Its state lies in buffers or parameters, which the victim's checkpoint stores. A trigger with networks
+takes (folder, size, width) and has a class attribute `width`.
 """
 
 from pathlib import Path

@@ -20,6 +20,7 @@ class Composite(Trigger):
 
     rate = 2 / 22
     cover_rate = 10 / 22  # mixes of one class
+    only_target = C
     all_to_all = False
 
     def __init__(self, _folder, size=32):

@@ -14,9 +14,10 @@ class Trigger(nn.Module):
     labels (role 2). relabel: whether poisoned images get the target as label; clean-label attacks keep theirs.
     sampling: how a training set is drawn, see poison.py. early: whether, with sampling `in_batch`, the trigger comes
     before augmentation. times: factor on the difference shown in the trigger's picture. surrogate: whether prepare()
-    needs a clean network. all_to_all: whether the attack can map each class to the next. flip: whether augmentation
-    mirrors the images, set by train.py. width: for a learned trigger, the default number of channels of its networks'
-    first layer, and its class takes (folder, size, width); None for any other trigger.
+    needs a clean network. all_to_all: whether the attack can map each class to the next. only_target: the one class
+    that it leads to, None for any. flip: whether augmentation mirrors the images, set by train.py. width: for a learned
+    trigger, the default number of channels of its networks' first layer, and its class takes (folder, size, width);
+    None for any other trigger.
     """
 
     rate = 0.10
@@ -27,6 +28,7 @@ class Trigger(nn.Module):
     times = 1
     surrogate = False
     all_to_all = True
+    only_target = None
     flip = True
     width = None
 

@@ -42,7 +42,7 @@ class Config:
     temperature_rise: float = 3.0  # over all epochs; the published 0.03 per epoch for 100 epochs
 
 
-def draw_anew(layer):
+def redraw_layer(layer):
     """Re-initialize a layer in place, from torch's global generator.
 
     A convolution's weight is Kaiming normal: mean 0, variance 2 / fan_out, fan_out being output channels * kernel area.
@@ -58,7 +58,7 @@ def partly_fresh(model, p, seed):
     """Return a copy of `model` with a random part of its convolution and linear weights re-initialized.
 
     p: ((prefix of a layer's path, share of its weight and bias entries), ...). Each entry is replaced independently by
-    that of a fresh layer, see draw_anew(); batch norm is copied. The state of torch's global generator is restored.
+    that of a fresh layer, see redraw_layer(); batch norm is copied. The state of torch's global generator is restored.
     Raises ValueError for a layer that matches no prefix.
     """
     device = next(model.parameters()).device
@@ -74,7 +74,7 @@ def partly_fresh(model, p, seed):
             if share is None:
                 raise ValueError(f"BCU has a share for the layers of a ResNet here, and none for {name}")
             old = {k: v.clone() for k, v in layer.named_parameters()}
-            draw_anew(layer)
+            redraw_layer(layer)
             for k, fresh in layer.named_parameters():
                 replaced = torch.rand(fresh.shape, generator=generator) < share
                 fresh.copy_(torch.where(replaced, fresh, old[k]))

@@ -31,7 +31,7 @@ class Config:
 
 
 @torch.no_grad()
-def draw_anew(linear, generator):
+def redraw_linear(linear, generator):
     """Re-initialize weight and bias of a linear layer in place: uniform in +-1 / sqrt(fan_in)."""
     limit = 1 / math.sqrt(linear.in_features)
     for p in linear.parameters():
@@ -56,7 +56,7 @@ def repair(model, images, labels, config=Config(), seed=0, dtype=torch.float32, 
     linear = linear_layer(net)
     old = linear.weight.detach().clone()
     generator = torch.Generator().manual_seed(seed)
-    draw_anew(linear, generator)
+    redraw_linear(linear, generator)
     optimizer = torch.optim.SGD(net.parameters(), lr=config.lr, momentum=config.momentum)
     optimizer.register_step_post_hook(lambda *_: rescale(linear.weight, old.norm()))
     rate = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.epochs)

@@ -91,29 +91,29 @@ def crop_and_flip(x, area, ratio, right, down, flip):
 
 
 def gray(x):
-    """Return the luminance (N, 1, H, W)."""
+    """Return the luminance (N, 1, H, W) of images (N, 3, H, W) in [0, 1]."""
     return (x * x.new_tensor(GRAY)[:, None, None]).sum(1, keepdim=True)
 
 
 def brightness(x, factor):
-    """Multiply each image by its factor, (N, 1, 1, 1)."""
+    """Multiply each image by its factor. x: (N, 3, H, W) in [0, 1], as is what is returned; factor: (N, 1, 1, 1)."""
     return (x * factor).clamp(0, 1)
 
 
 def contrast(x, factor):
-    """Scale the difference of each pixel from its image's mean luminance; factor: (N, 1, 1, 1)."""
+    """Scale the difference of each pixel from its image's mean luminance; x, factor: as for brightness()."""
     middle = gray(x).mean((2, 3), keepdim=True)
     return (middle + (x - middle) * factor).clamp(0, 1)
 
 
 def saturation(x, factor):
-    """Scale the difference of each pixel from its own luminance; factor: (N, 1, 1, 1)."""
+    """Scale the difference of each pixel from its own luminance; x, factor: as for brightness()."""
     own = gray(x)
     return (own + (x - own) * factor).clamp(0, 1)
 
 
 def hue(x, turn):
-    """Rotate the hue; turn: (N, 1, 1, 1), as a share of the full circle."""
+    """Rotate the hue; x: as for brightness(); turn: (N, 1, 1, 1), as a share of the full circle."""
     value, low = x.amax(1, keepdim=True), x.amin(1, keepdim=True)
     spread = value - low
     some = torch.where(spread > 0, spread, torch.ones_like(spread))
@@ -129,7 +129,7 @@ def hue(x, turn):
 
 
 def blur(x, sigma):
-    """Blur by a Gaussian on 3x3 pixels, reflected at the edge; sigma: (N, 1, 1, 1), in pixels."""
+    """Blur by a Gaussian on 3x3 pixels, reflected at the edge; x: as for brightness(); sigma: (N, 1, 1, 1), pixels."""
     side = torch.exp(-0.5 / sigma.square())
     side, middle = side / (1 + 2 * side), 1 / (1 + 2 * side)
     x = F.pad(x, (1, 1, 1, 1), mode="reflect")

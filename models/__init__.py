@@ -3,7 +3,8 @@
 A new network is a module here with a subclass of common.Normalized, a line in networks.NETWORKS, and its name in
 flags.NETWORKS. The class takes `num_classes`, `width`, `act_layer`, `mean` and `std`. Its forward pass takes images in
 [0, 1], normalizes them by self.normalize() and casts them to the type of its weights. It has one `act_layer()` module
-per activation, registered in forward order.
+per activation, registered in forward order, and each batch norm right after the convolution whose output it takes
+(else bf16 does not fold it).
 """
 
 from .activations import (

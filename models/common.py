@@ -31,7 +31,7 @@ class Normalized(nn.Module):
             setattr(self, name, torch.tensor(value, device=getattr(self, name).device).view(1, 3, 1, 1))
 
     def normalize(self, x):
-        """Return (x - mean) / std per color channel."""
+        """Return (x - mean) / std per color channel; x: (N, 3, H, W) in [0, 1]."""
         return (x - self.mean) / self.std
 
 

@@ -13,7 +13,8 @@ def write_export(model, path, size=32):
     """Write `model`, with its bounds and normalization, to `path` by torch.export, whole or not at all.
 
     The exported program maps float images (N, 3, size, size) in [0, 1], any N, to logits (N, classes), in fp32 on a
-    CPU: `torch.export.load(path).module()(images)`. Nothing is written where `path` is None.
+    CPU: `torch.export.load(path).module()(images)`. Nothing is written where `path` is None. Raises InputError where
+    `path` cannot be written, and what torch.export raises for a network that it cannot trace.
     """
     if path is None:
         return

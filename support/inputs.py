@@ -47,7 +47,7 @@ def victim_path(args):
     dataset = "cifar10" if args.dataset == "cifar10_sample" else args.dataset
     path = utils.checkpoint_path(dataset, args.network, args.attack)
     if dataset != "cifar10" and not path.is_file():
-        words = f"--dataset {dataset} --network {args.network} --attack {args.attack}"
+        words = f"--dataset {dataset} {utils.training_flags(args.network, args.attack)}"
         raise InputError(f"no checkpoint {path}; make it with: python train.py {words}, or give --ckpt")
     return path
 
@@ -78,7 +78,10 @@ def answer(args, checkpoint, path=None):
 
 
 def load_network(args, device):
-    """Return (path, model, checkpoint) that the flags mean."""
+    """Return (path, model, checkpoint) that the flags mean.
+
+    Raises InputError where there is no such file, it is refused, or the flags' data set or size does not fit it.
+    """
     asked, path = normalization(args), victim_path(args)
     checkpoint = utils.load_checkpoint(path, None if isinstance(args.network, Unsaid) else args.network)
     args.network = checkpoint["network"]
@@ -102,7 +105,10 @@ def load_network(args, device):
 
 
 def load_victim(args, device):
-    """Return (path, model, checkpoint, backdoor) that the flags mean; say where file and flags differ."""
+    """Return (path, model, checkpoint, backdoor) that the flags mean; say where file and flags differ.
+
+    Raises InputError as load_network() does, and for a trigger that is missing or does not fit.
+    """
     path, model, checkpoint = load_network(args, device)
     target = foreign.target_of(checkpoint) if args.attack == "file" else args.target
     source = trigger_source(args, checkpoint)
@@ -166,12 +172,16 @@ def check_apart(flag, place, taken):
             raise InputError(f"{flag} is {what} {path} itself; give another place")
 
 
+def trigger_state(backdoor):
+    """Return the trigger's state for a checkpoint, None without a trigger."""
+    return None if backdoor is None else {k: v.cpu() for k, v in backdoor.state_dict().items()}
+
+
 def about_defended(args, checkpoint, backdoor):
     """Return what the file of a repaired victim says of images and attack: as the victim's own, else as the flags."""
     about = {"dataset": checkpoint["dataset"] or args.dataset, "size": args.size}
     if checkpoint["attack"] is None and backdoor is not None:
-        trigger = {k: v.cpu() for k, v in backdoor.state_dict().items()}
-        about |= {"attack": args.attack, "target": args.target, "trigger": trigger}
+        about |= {"attack": args.attack, "target": args.target, "trigger": trigger_state(backdoor)}
     elif checkpoint["attack"] is None and args.attack == "none":
         about["attack"] = "none"
     return about
@@ -272,7 +282,8 @@ class Triggered(NamedTuple):
 def test_data(args, checkpoint, device):
     """Return (test images uint8 (N, 3, H, W), labels int64 (N,), triggered images or None) by the flags, on `device`.
 
-    Says how many triggered images there are, and how many of them, of the target class, do not count.
+    Says how many triggered images there are, and how many of them, of the target class, do not count. Raises InputError
+    where they or the data set are missing or damaged.
     """
     images, labels = data.load_dataset(args.dataset, args.datadir, False, args.size)
     triggered, place = None, place_of(args.attack)

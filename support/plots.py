@@ -168,9 +168,9 @@ def draw_heatmap(columns, maps, path):
 
 
 def draw_tradeoff(panels, path):
-    """Write the scatter of what defenses cost and win, a panel beside the other; without any, no picture is written.
+    """Write the scatter of what defenses cost and gain, a panel beside the other; without any, no picture is written.
 
-    panels: {title: {defense: (BA lost, RA won, number of victims)}}, shares in [-1, 1], means over the victims.
+    panels: {title: {defense: (BA lost, RA gained)}}, shares in [-1, 1].
     """
     if not panels:
         return
@@ -182,13 +182,11 @@ def draw_tradeoff(panels, path):
         axis.margins(0.18, 0.1)
         axis.grid(alpha=0.3)
     fig.supxlabel("BA lost, percentage points", fontsize=10)
-    fig.supylabel("RA won, percentage points", fontsize=10)
+    fig.supylabel("RA gained, percentage points", fontsize=10)
     fig.draw_without_rendering()  # places are known from here on
     fig.set_layout_engine("none")
     for axis, points in zip(axes, panels.values(), strict=True):
-        places = [(100 * lost, 100 * won) for lost, won, _ in points.values()]
-        labels = [f"{name} ({n})" for name, (*_, n) in points.items()]
-        _label(axis, places, labels)
+        _label(axis, [(100 * lost, 100 * gained) for lost, gained in points.values()], list(points))
     utils.write_whole(path, lambda p: fig.savefig(p, format="png", dpi=200))
 
 

@@ -6,6 +6,7 @@ name. Beside a record of UNIT lies the search's trajectory (.npz), from which co
 
 import flags
 
+import contextlib
 import json
 import math
 from dataclasses import asdict
@@ -69,18 +70,24 @@ def path_of(defense, args, victim):
 
 def _settings(args):
     """Return the flags of a command but for places of this machine; of a user's own folder or file the last name."""
-    settings = {k: v for k, v in vars(args).items() if k not in PLACES}
+    of_dbd = set() if vars(args).get("defense") == "dbd" else {"width", "poison_rate", "overwrite"}
+    settings = {k: v for k, v in vars(args).items() if k not in PLACES | of_dbd}
     if settings.get("trigger_of"):
         settings["trigger_of"] = Path(settings["trigger_of"]).stem
     return settings | {k: utils.file_tag(settings[k]) for k in ("dataset", "attack") if k in settings}
 
 
 def save(path, defense, args, config, victim, device, figures, trajectory=None):
-    """Write the record of a run to `path`, and its trajectory beside it.
+    """Write the record of a run to `path`, and its trajectory beside it; return whether it is written.
 
-    args: the command's flags; config: the method's constants, a dataclass; victim: see victim_of(); figures: plain
-    values; trajectory: {figure: [one value per step]}.
+    A run that was cut off does not replace the record of a whole one on the same victim. args: the command's flags;
+    config: the method's constants, a dataclass; victim: see victim_of(); figures: plain values; trajectory: {figure:
+    [one value per step]}.
     """
+    if figures.get("interrupted"):
+        with contextlib.suppress(flags.InputError):  # what is no record is replaced
+            if load(path, victim["sha256"]) is not None:
+                return False
     record = {
         "defense": defense,
         "victim": victim,
@@ -95,6 +102,7 @@ def save(path, defense, args, config, victim, device, figures, trajectory=None):
     if trajectory is not None:
         values = {k: np.asarray(v, np.float32) for k, v in trajectory.items()}
         utils.write_whole(path.with_suffix(".npz"), lambda p: _savez(p, values))
+    return True
 
 
 def _savez(path, values):

@@ -59,6 +59,14 @@ def spread(shares, digits=1):
     return mean if len(shares) == 1 else f"{mean} ± {100 * statistics.stdev(shares):.{digits}f}"
 
 
+def named(some, whole):
+    """Say which names `some` are of those in `whole`: up to three are listed, of more perhaps the missing ones."""
+    some, missing = ([name for name in whole if (name in some) == there] for there in (True, False))
+    if len(some) <= max(3, len(missing)):
+        return ", ".join(some)
+    return f"all but {', '.join(missing)}" if missing else f"all {len(whole)}"
+
+
 def mean_of_means(groups, cell, key):
     """Return (mean of a figure over the leading groups that have it, each group's own mean; how many these are)."""
     means = [statistics.mean(v) for g in groups if g.leads and (v := g.values(cell, key))]
@@ -111,10 +119,12 @@ def averages(groups):
         for cell, name in NAMES.items():
             means = [mean_of_means(of_panel, cell, key) for key in ("BA", "ASR", "RA")]
             n = means[0][1]
+            leading = [g for g in of_panel if g.leads]
             if n:
                 fewer = ["" if m in (0, n) else f" ({m})" for _, m in means]
                 shares = ["–" if s is None else f"{100 * s:.1f}" for s, _ in means]
-                rows.append([name, *map("".join, zip(shares, fewer, strict=True)), n])
+                attacks = named([g.attack for g in leading if g.values(cell, "BA")], [g.attack for g in leading])
+                rows.append([name, *map("".join, zip(shares, fewer, strict=True)), attacks])
         if rows:
             parts.append(markdown([panel, "BA %", "ASR %", "RA %", "attacks"], rows))
     return "\n\n".join(parts)

@@ -124,7 +124,8 @@ def panel_of(recipe):
 class Group:
     """The victims of one recipe, one for each seed; `name` is unique among those of the same panel.
 
-    leads: whether means over attacks take this group: one of each attack, that of the most usual recipe.
+    leads: whether means over attacks take this group: one of each attack, that of the most usual recipe. found: {cell:
+    what records() returns}, filled as it is asked.
     """
 
     panel: str

@@ -5,7 +5,7 @@
 writes FOLDER/record/badnet/, made of this victim, its trigger and the test set.
 """
 
-from flags import ROOT
+from flags import ROOT, InputError, run
 
 import sys
 from pathlib import Path
@@ -21,23 +21,25 @@ from support import inputs
 BATCH = 1000
 
 
-def attack_result(state, images, labels, indices, n_test, name="mine", folder=None, number=np.int64, **changes):
+def attack_result(
+    state, images, labels, indices, n_test, name="mine", folder=None, number=np.int64, target=0, **changes
+):
     """Return what BackdoorBench saves; the PNG files lie in folder/record/name/, or, without folder, in memory.
 
-    state: the weights; images: uint8 (N, 3, H, W) with the trigger to class 0; labels: their true classes, int64 (N,);
-    indices: their places in the test set of n_test images; number: the type of the numbers in it; changes: to its
-    fields.
+    state: the weights; images: uint8 (N, 3, H, W) with the trigger; labels: their true classes, int64 (N,);
+    indices: their places in the test set of n_test images; number: the type of the numbers in it; target: of the
+    trigger; changes: to its fields.
     """
     place, entries = f"./record/{name}/bd_test_dataset", {}
     for i, image, label in zip(indices, images, labels.tolist(), strict=True):
         picture = PIL.Image.fromarray(image.permute(1, 2, 0).numpy())
         if folder is None:
-            entries[number(i)] = (picture, number(0), number(label))
+            entries[number(i)] = (picture, number(target), number(label))
             continue
         path = f"{place}/{label}/{i}.png"
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         picture.save(folder / path)
-        entries[number(i)] = {"path": path, "other_info": [number(0), number(label)]}
+        entries[number(i)] = {"path": path, "other_info": [number(target), number(label)]}
     indicator = np.zeros(n_test)
     indicator[list(indices)] = 1
     where = None if folder is None else place
@@ -64,15 +66,18 @@ def attack_result(state, images, labels, indices, n_test, name="mine", folder=No
 def main(victim, folder):
     """Write the result and say where it lies."""
     model, about = utils.load_model(victim)
-    backdoor = inputs.load_trigger(about["attack"], utils.load_checkpoint(victim), torch.device("cpu")).eval()
+    backdoor = inputs.load_trigger(about["attack"] or "none", utils.load_checkpoint(victim), torch.device("cpu"))
     images, labels = data.load_dataset(about["dataset"], ROOT / "data", train=False)
-    indices = (labels != 0).nonzero()[:, 0]
+    target = about["target"]
+    if backdoor is None or backdoor.test_set(images[:BATCH], labels[:BATCH], target)[1] is None or target == "all":
+        raise InputError(f"{victim} has no trigger, one on mixes of images, or no single target; give another victim")
+    indices = (labels != target).nonzero()[:, 0]
     with torch.no_grad():
         triggered = [(backdoor(data.to_float(x)) * 255).round().byte() for x in images[indices].split(BATCH)]
     name, folder = about["attack"], Path(folder)
     result = attack_result(
         model.state_dict(), torch.cat(triggered), labels[indices], indices.tolist(), len(labels), name, folder,
-        model_name=about["network"], num_classes=about["num_classes"], clean_data=about["dataset"],
+        target=target, model_name=about["network"], num_classes=about["num_classes"], clean_data=about["dataset"],
     )  # fmt: skip
     path = folder / "record" / name / "attack_result.pt"
     torch.save(result, path)
@@ -82,4 +87,4 @@ def main(victim, folder):
 if __name__ == "__main__":
     if len(sys.argv) != 3:
         sys.exit(__doc__)
-    main(*sys.argv[1:])
+    run(lambda: main(*sys.argv[1:]))

@@ -152,7 +152,8 @@ def test_a_mean_over_attacks_takes_one_recipe_of_each(house):
         house.record(house.folder / f"ckpt/cifar10_{name}.pt", "ft", figures(ba, 0.5, 0.25))
     groups = house.groups()
     assert {g.name: g.leads for g in groups} == {"badnet": True, "badnet, sampling=fixed": False, "wanet": True}
-    assert house.table(tables.averages(groups), "resnet18")["FT"] == ["85.0", "50.0", "25.0", "2"]  # (90 + 80) / 2
+    # BA: (90 + 80) / 2
+    assert house.table(tables.averages(groups), "resnet18")["FT"] == ["85.0", "50.0", "25.0", "badnet, wanet"]
     assert house.table(tables.grids(groups), "resnet18: BA %")["FT"][-1] == "85.0"
     assert "sampling" not in tables.overview(groups)
 
@@ -299,9 +300,9 @@ def test_the_tables_have_means_over_seeds_and_attacks(house, capsys):
     )
     assert house.table(averages, "resnet18-w0.25") == {
         "resnet18-w0.25": ["BA %", "ASR %", "RA %", "attacks"],
-        "no defense": ["89.0", "94.5", "5.5", "2"],  # BadNets' own mean first: (91 + 87) / 2
-        "I-BAU": ["70.0", "50.0", "25.0", "1"],
-        "UNIT": ["87.0", "7.0", "76.0", "2"],
+        "no defense": ["89.0", "94.5", "5.5", "badnet, wanet"],  # BadNets' own mean first: (91 + 87) / 2
+        "I-BAU": ["70.0", "50.0", "25.0", "badnet"],
+        "UNIT": ["87.0", "7.0", "76.0", "badnet, wanet"],
     }
     assert house.table(grids, "resnet18-w0.25: RA %") == {
         "resnet18-w0.25: RA %": ["badnet (n = 2)", "wanet", "mean"],
@@ -317,7 +318,7 @@ def test_the_tables_have_means_over_seeds_and_attacks(house, capsys):
         "I-BAU": ["70.0 (1)", "–", "–", "70.0 (1)"],
         "UNIT": ["89.0 ± 1.4", "85.0", "–", "87.0"],
     }
-    assert "| UNIT | 87.0 | 7.0 | 76.0 | 2 |" in capsys.readouterr().out
+    assert "| UNIT | 87.0 | 7.0 | 76.0 | badnet, wanet |" in capsys.readouterr().out
 
 
 def test_many_attacks_are_several_tables_and_the_mean_stands_in_the_last(house, monkeypatch):
@@ -533,11 +534,32 @@ def test_what_is_drawn_is_what_was_measured(house, monkeypatch):
     assert ra == [[pytest.approx(0.01), 0.25, pytest.approx(0.82), 0.9], [0.1, None, 0.7, None]]
     assert asr == [[pytest.approx(0.99), 0.5, pytest.approx(0.04), 0.01], [0.9, None, 0.1, None]]
     ((panel, points),) = given["tradeoff"][0].items()
-    assert panel == "resnet18-w0.25"
+    assert panel == "resnet18-w0.25: mean over badnet"  # that both defenses have
+    assert {k: pytest.approx(v) for k, v in points.items()} == {"I-BAU": (0.2, 0.25), "UNIT": (0.02, 0.81)}
+    house.record(house.folder / "ckpt/cifar10_w.pt", "i_bau", figures(0.8, 0.2, 0.5))
+    house.compare("--no-run")
+    ((panel, points),) = given["tradeoff"][0].items()
+    assert panel == "resnet18-w0.25: mean over badnet, wanet"
     assert {k: pytest.approx(v) for k, v in points.items()} == {
-        "I-BAU": (0.2, 0.25, 1),
-        "UNIT": (0.02, (0.84 + 0.78 + 0.6) / 3, 3),  # over the victims
+        "I-BAU": ((0.2 + 0.07) / 2, (0.25 + 0.4) / 2),
+        "UNIT": (0.02, (0.81 + 0.6) / 2),  # BadNets' own mean first
     }
+
+
+def test_attacks_are_named_as_briefly_as_it_is_clear():
+    whole = list("abcdefg")
+    assert tables.named("gb", whole) == "b, g"
+    assert tables.named("abcd", whole) == "all but e, f, g"
+    assert tables.named("abc", "abc") == "a, b, c"
+    assert tables.named("abcd", list("abcd")) == "all 4"
+    assert tables.named("abcd", list("abcdefghi")) == "a, b, c, d"
+
+
+def test_defenses_are_compared_over_the_attacks_that_most_of_them_have():
+    some = {"ft": "ab", "nad": "ab", "clp": "abc", "unit": "abcd"}
+    assert compare.in_common({k: dict.fromkeys(v) for k, v in some.items()}) == ["a", "b"]  # 4 x 2, not 2 x 3
+    some |= {"rnp": "abc", "fst": "bc", "anp": "abcd"}
+    assert compare.in_common({k: dict.fromkeys(v) for k, v in some.items()}) == ["b", "a", "c"]  # 4 x 3, not 6 x 2
 
 
 def test_an_attack_without_ra_is_counted_apart(house, monkeypatch):
@@ -555,7 +577,7 @@ def test_an_attack_without_ra_is_counted_apart(house, monkeypatch):
     assert (rows, others) == (["badnet", "wanet"], ["badnet", "wanet", "composite"])
     assert (ra, asr) == ([[0.8] * 3, [0.6] * 3], [[0.3] * 3] * 3)
     averages = house.table(tables.averages(house.groups()), "resnet18-w0.25")
-    assert averages["UNIT"] == ["90.0", "30.0", "70.0 (2)", "3"]
+    assert averages["UNIT"] == ["90.0", "30.0", "70.0 (2)", "badnet, wanet, composite"]
 
 
 # --- what is run ------------------------------------------------------------------------------------------------------

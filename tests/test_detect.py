@@ -148,11 +148,16 @@ def test_nc_unlearns_what_is_suspicious_and_changes_nothing_else(tiny, clean, mo
 def test_detect_says_which_class_and_draws_the_patches(victim_file, tmp_path, capsys, monkeypatch):
     few = dataclasses.replace(inversion.Config(), search_steps=2, search_batch=5)
     monkeypatch.setattr(inversion, "Config", lambda: few)
+    draw, drawn = detect.plots.draw_patches, []
+    monkeypatch.setattr(detect.plots, "draw_patches", lambda *what: (drawn.append(what), draw(*what)))
     detect.main([*SMALL, "--ckpt", str(victim_file), "--outdir", str(tmp_path)])
     lines = capsys.readouterr().out.splitlines()
     assert "500 clean images" in lines[0]
     assert len([line for line in lines if line.lstrip()[:1].isdigit() and line.endswith(tuple("0123456789d"))]) >= 10
-    assert any("stands out" in line or "suspected target" in line for line in lines)
+    ((_, norms, index, _),) = drawn
+    said = [line.split()[:3] for line in lines if line.lstrip()[:1].isdigit()][:10]
+    assert said == [[str(c), f"{norms[c]:.2f}", f"{index[c]:.2f}"] for c in range(10)]
+    assert detect.verdict(norms) in lines
     picture = tmp_path / "detect_victim.png"
     assert picture.read_bytes()[:4] == b"\x89PNG"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["detect_victim.png", "victim.pt"]  # nothing else is left

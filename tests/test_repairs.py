@@ -448,12 +448,12 @@ def test_a_network_without_a_linear_layer_is_refused(module, clean):
 
 def test_the_fresh_layer_is_drawn_in_its_range():
     linear = nn.Linear(400, 300)
-    fst.draw_anew(linear, torch.Generator().manual_seed(0))
+    fst.redraw_linear(linear, torch.Generator().manual_seed(0))
     for p in (linear.weight, linear.bias):
         assert p.abs().max() <= 0.05
         assert p.abs().mean().item() == pytest.approx(0.025, rel=0.1)  # of a uniform one in +-0.05
     old = linear.weight.clone()
-    fst.draw_anew(linear, torch.Generator().manual_seed(1))
+    fst.redraw_linear(linear, torch.Generator().manual_seed(1))
     assert not torch.equal(linear.weight, old)
 
 
@@ -465,7 +465,7 @@ def test_the_penalty_and_the_scale_by_hand(tiny, clean, monkeypatch):
     repaired = fst.repair(tiny, *clean, config, seed=0)
     generator = torch.Generator().manual_seed(0)
     net = copy.deepcopy(tiny).train()
-    fst.draw_anew(net.linear, generator)
+    fst.redraw_linear(net.linear, generator)
     order = torch.randperm(len(clean[0]), generator=generator)
     x = data.augment(data.to_float(clean[0][order]), generator)
     ce = F.cross_entropy(net(x), clean[1][order])

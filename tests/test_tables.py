@@ -121,6 +121,32 @@ def test_a_record_is_found_by_the_weights_of_its_victim(tmp_path):
         assert records.load(path, victim["sha256"]) is None
 
 
+def test_a_run_that_was_cut_off_does_not_replace_a_whole_one(tmp_path):
+    path, history, figures, victim = unit_run(tmp_path, 3)
+    whole, trajectory = path.read_bytes(), path.with_suffix(".npz").read_bytes()
+
+    def save(**changes):
+        given = parsed("unit", "--results", str(tmp_path)), unit.UnitConfig(precision="bf16")
+        return records.save(path, "unit", *given, victim | changes, CPU, figures | {"interrupted": "interrupted"}, {})
+
+    assert not save()
+    assert (path.read_bytes(), path.with_suffix(".npz").read_bytes()) == (whole, trajectory)
+    for content in (whole.replace(b": null", b': "out of time"'), b"no record"):
+        path.write_bytes(content)
+        assert save()
+        assert json.loads(path.read_text())["interrupted"] == "interrupted"
+    path.write_bytes(whole)
+    assert save(sha256="f" * 64)  # a whole run, but of other weights
+
+
+def test_settings_are_those_of_the_command(tmp_path):
+    """--width and --poison_rate are of DBD's own network; a victim's stand in its recipe."""
+    for defense, own in (("ft", set()), ("dbd", {"width", "poison_rate", "overwrite"})):
+        path = tmp_path / f"{defense}.json"
+        records.save(path, defense, parsed(defense), unit.UnitConfig(), BADNET, CPU, {})
+        assert {"width", "poison_rate", "overwrite"} & set(json.loads(path.read_text())["settings"]) == own
+
+
 @pytest.mark.parametrize("content", ["{}", "[]", "", "no json", '{"victim": "x.pt"}', '{"victim": null}'])
 def test_what_is_no_record_is_named(tmp_path, content):
     (tmp_path / "unit.json").write_text(content)
@@ -195,12 +221,12 @@ def test_the_heatmap_prints_each_share_in_its_cell(tmp_path, drawn):
 def test_no_label_of_the_tradeoff_covers_another_or_a_point(tmp_path, drawn):
     g = torch.Generator().manual_seed(0)
     close = (0.02 * torch.rand(15, 2, generator=g)).tolist()
-    points = {f"DEFENSE-{i}": (x, 5 * y, i) for i, (x, y) in enumerate(close)}
-    plots.draw_tradeoff({"a": points, "b": {"UNIT": (0.01, 0.5, 2)}}, tmp_path / "x.png")
+    points = {f"DEFENSE-{i}": (x, 5 * y) for i, (x, y) in enumerate(close)}
+    plots.draw_tradeoff({"a": points, "b": {"UNIT": (0.01, 0.5)}}, tmp_path / "x.png")
     axis, other = drawn[0].axes
     np.testing.assert_allclose(axis.lines[0].get_xydata(), [(100 * x, 500 * y) for x, y in close])
-    assert [t.get_text() for t in axis.texts] == [f"DEFENSE-{i} ({i})" for i in range(15)]
-    assert [t.get_text() for t in other.texts] == ["UNIT (2)"]
+    assert [t.get_text() for t in axis.texts] == [f"DEFENSE-{i}" for i in range(15)]
+    assert [t.get_text() for t in other.texts] == ["UNIT"]
     drawn[0].draw_without_rendering()
     boxes = [Text.get_window_extent(t) for t in axis.texts]  # without the line to the point
     dots = axis.transData.transform(axis.lines[0].get_xydata())

@@ -1,10 +1,10 @@
-"""UNIT against the authors' loop, and what each piece of the fast room earns.
+"""UNIT against the authors' loop, and what each piece of fast/ earns.
 
 1. The whole search in wall time: the authors' loop (fp32, weights trainable, one graph over all its images, batch norm,
    ReLU and clip as one writes them down) against unit.tighten(): start, --steps steps with validation, and whatever
    compiling and recording take. --images train, a fourth as many validate.
 2. The passes forward and backward, in images per second, of the two.
-3. The passes again with one piece of the fast room left out at a time, compiled as in a long search.
+3. The passes again with one piece of fast/ left out at a time, compiled as in a long search.
 
 The loop runs in this process, where glibc keeps freed memory as for our commands: in a script of its own it is slower.
 On a GPU it has torch's own settings, TF32 convolutions among them.
@@ -94,7 +94,7 @@ def main():
 
     net, _ = authors_net(model, x)
     bounds = unit.initial_bounds(model, models.activation_sites(model, x[:2]), x, size, 4.0)
-    variants = {"all of the fast room": {}, "without folding": {"fold_batch_norm": lambda net: net}}
+    variants = {"all of fast/": {}, "without folding": {"fold_batch_norm": lambda net: net}}
     variants["without products"] = {"small_maps_by_products": lambda net, *_, **__: net}
     if args.device.type == "cuda":
         variants["without recording"] = {"record_passes": lambda net: net}
@@ -105,7 +105,7 @@ def main():
     t = bench.in_turn({"authors' loop": lambda: F.cross_entropy(net(x), y).backward(), **rivals}, args.n, args.device)
     for name, times in t.items():
         bench.figure(name, [args.images / s for s in times], "images/s")
-    bench.ratios("loop / all", t["authors' loop"], t["all of the fast room"])
+    bench.ratios("loop / all", t["authors' loop"], t["all of fast/"])
 
 
 if __name__ == "__main__":
