@@ -4,6 +4,7 @@ from flags import ROOT, InputError
 
 import json
 import re
+import shutil
 import signal
 import time
 
@@ -256,7 +257,13 @@ def test_unit_resumes_after_a_kill_to_the_same_bits(victim_file, tmp_path, one_t
 def test_a_run_out_of_time_saves_the_best_bounds_and_goes_on_to_the_same_bits(victim_file, tmp_path, capsys):
     flags = ["--data_rate", "0.2", "--n_steps", "3", "--step_images", "50"]
     run_unit(victim_file, tmp_path, *flags)
-    whole, trajectory = utils.load_checkpoint(tmp_path / "d.pt")["bounds"], record_in(tmp_path / "results")[1]
+    whole, recorded = utils.load_checkpoint(tmp_path / "d.pt")["bounds"], record_in(tmp_path / "results")
+    trajectory = recorded[1]
+    run_unit(victim_file, tmp_path, *flags, "--max_minutes", "1e-9")
+    assert "stays that of a whole search" in capsys.readouterr().out
+    assert record_in(tmp_path / "results") == recorded
+    shutil.rmtree(tmp_path / "results")
+    (tmp_path / "d.partial.pt").unlink()
     for done in (1, 2, 3):  # whatever the time, a step is done
         capsys.readouterr()
         run_unit(victim_file, tmp_path, *flags, "--max_minutes", "1e-9")
