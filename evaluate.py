@@ -20,6 +20,8 @@ import models
 import utils
 from support import activations, inputs, plots
 
+EDGE = 1e-4  # rounding by which a trigger's pixels may leave [0, 1]
+
 
 class Measured(NamedTuple):
     """Rates in [0, 1] on the test images, and the number of images of each.
@@ -76,6 +78,8 @@ def evaluate(model, images, labels, backdoor, target, batch_size=128, dtype=torc
                 if trigger is not None:
                     with torch.autocast(device.type, enabled=False):
                         x = trigger(x).contiguous(memory_format=torch.channels_last)
+                    if not (x.amin() >= -EDGE and x.amax() <= 1 + EDGE):  # also for NaN
+                        raise flags.InputError("the trigger gives pixels outside [0, 1]; take a file that is whole")
                 logits = models.logits(model(x))
                 classes.append(logits.argmax(1))
         return torch.cat(classes), logits.shape[1]

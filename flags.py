@@ -138,8 +138,8 @@ def place_of(name):
     """
     kind, colon, path = name.partition(":")
     if colon and kind in ("folder", "npz"):
-        return kind, Path(path).expanduser()
-    return ("npz", Path(name).expanduser()) if name.lower().endswith(".npz") else None
+        return kind, Path(os.path.expanduser(path))
+    return ("npz", Path(os.path.expanduser(name))) if name.lower().endswith(".npz") else None
 
 
 def one_of(known, *kinds):

@@ -87,8 +87,7 @@ class UnitResult:
 @dataclass
 class AlphaSchedule:
     """The weight alpha of R: doubled after 5 good steps in a row, divided by 2 ** 1.5 after 5 bad ones. Where it is
-    below its initial value, 5 good steps in a row set it back to that.
-    """
+    below its initial value, 5 good steps in a row set it back to that."""
 
     config: UnitConfig = field(default_factory=UnitConfig)
     alpha: float = field(init=False)  # of the next step
@@ -282,6 +281,8 @@ def main(argv=None):
         return evaluate(model, *test_set, backdoor, args.target, args.batch_size, dtype, triggered)
 
     if args.phase == "test":
+        if not out.is_file():
+            raise flags.InputError(f"no defended model {out}; make it by the same command without --phase test")
         if first:
             defended = utils.load_model(out, device)[0]
             print(f"before  {path}\n        {measure(model)}\nafter   {out}\n        {measure(defended)}")

@@ -25,8 +25,10 @@ FORMAT = 1  # of our checkpoints
 # the keys that a checkpoint may lack
 UNKNOWN = ("attack", "target", "dataset", "size", "trigger", "bounds", "defense", "mean", "std", "bd_test", "folder")
 # what they are where they say it
-KINDS = dict.fromkeys(("format", "num_classes", "size", "trigger_width"), int) | {"width": float | int}
-KINDS |= dict.fromkeys(("network", "attack", "dataset", "folder"), str) | {"target": int | str, "bd_test": list}
+KINDS = dict.fromkeys(("format", "num_classes", "size", "trigger_width", "seed", "epochs", "batch_size"), int)
+KINDS |= dict.fromkeys(("width", "lr", "weight_decay", "poison_rate"), float | int) | {"flip": bool}
+KINDS |= dict.fromkeys(("network", "attack", "dataset", "folder", "sampling"), str)
+KINDS |= {"target": int | str, "bd_test": list}
 KINDS |= dict.fromkeys(("state_dict", "bounds", "trigger"), dict) | dict.fromkeys(("mean", "std"), list | tuple)
 
 
@@ -244,16 +246,25 @@ def load_checkpoint(path, network=None):
 def _own(content, path, network):
     """Return the checkpoint in a file of ours."""
     for key, kind in KINDS.items():
-        if not isinstance(content.get(key), kind | None):
+        value = content.get(key)
+        if not isinstance(value, kind | None) or (isinstance(value, str) and not value.isprintable()):
             raise ValueError(f"its {key} is {' '.join(repr(content[key]).split())[:60]}, which cannot be")
-    if not data.backdoorbench.are_entries(content.get("bd_test") or []):
-        raise ValueError("its bd_test is not as a defended model keeps it")
     if content["format"] != FORMAT:
         raise InputError(f"{path} has format {content['format']}, this version reads {FORMAT}; update the repo")
+    entries, state = content.get("bd_test") or [], content["state_dict"]
+    if not data.backdoorbench.are_entries(entries) or (content.get("folder") is None and any(e[1] for e in entries)):
+        raise ValueError("its bd_test is not as a defended model keeps it")
+    if not state or not all(isinstance(v, torch.Tensor) for v in state.values()):
+        raise ValueError("it has no weights, or some that are no tensors")
+    if content.get("trigger") is not None and content.get("attack") is None:
+        raise ValueError("it holds a trigger, but does not say of which attack")
     if "defence" in content:  # an older file
         content["defense"] = content.pop("defence")
-    if content.get("mean") is None or content.get("std") is None:
+    mean, std = content.get("mean"), content.get("std")
+    if mean is None and std is None:
         content["mean"], content["std"] = NORMALIZATIONS["authors"]
+    elif None in (mean, std) or not all(isinstance(v, float | int) for v in (*mean, *std)):
+        raise ValueError("its mean and std are not three numbers each")
     if not {"network", "width", "num_classes"} <= set(content):
         content = {**models.describe_state_dict(content["state_dict"]), **content}
     if network not in (None, content["network"]):
@@ -265,7 +276,7 @@ def _foreign(content, path, network):
     """Return a checkpoint made of another project's file: its fields, and what the weights show."""
     said = data.backdoorbench.fields(content) if data.backdoorbench.is_result(content) else {}
     state, name = models.unwrap(content), said.pop("network_name", None)
-    if not isinstance(next(iter(state.values()), None), torch.Tensor):
+    if not state or not all(isinstance(v, torch.Tensor) for v in state.values()):
         raise ValueError(f"it has no weights, but {', '.join(map(str, list(state)[:5])) or 'nothing'}")
     by_keys = name is None or network is not None
     shown = models.describe_state_dict(state, network) if by_keys else _by_name(state, name)
@@ -341,13 +352,18 @@ def build_model(path, checkpoint, device="cpu"):
             raise ValueError(f"images of {size}x{size}")
         about = checkpoint["network"], checkpoint["num_classes"], checkpoint["width"]
         sized = {"size": shown} if (shown := models.shown_size(state)) else {}
+        if about[0] in models.NETWORKS:  # before the memory is allocated that a width asks for
+            for key, shape in models.shapes(*about, **sized).items():
+                if key in state and state[key].shape != shape:
+                    raise ValueError(f"its width is {about[2]:g}, but {key} is {tuple(state[key].shape)}, not {shape}")
         model = models.get_model(*about, mean=mean, std=std, **sized)
         bounds = checkpoint["bounds"] or {}
         damaged = [k for k, v in {**state, **bounds}.items() if v.is_floating_point() and v.isnan().any()]
         damaged += [k for k, v in state.items() if v.is_floating_point() and v.isinf().any()]
         damaged += [k for k, v in state.items() if k.endswith("running_var") and (v < 0).any()]
+        damaged += [f"the bound {k}" for k, v in bounds.items() if not v.is_floating_point() or (v < 0).any()]
         if damaged:
-            raise ValueError(f"NaN, infinity or a variance below 0 in {damaged[0]}; take a file that is whole")
+            raise ValueError(f"NaN, infinity or a value below 0 in {damaged[0]}; take a file that is whole")
         for key, own in model.state_dict().items():
             if key in state and own.is_floating_point() > state[key].is_floating_point():
                 raise ValueError(f"{key} holds {state[key].dtype}; give weights in floating point")

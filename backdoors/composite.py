@@ -63,7 +63,7 @@ class Composite(Trigger):
         """Return (mixes of A and B by a fixed seed, None): as many as there are images of non-target classes."""
         generator = torch.Generator().manual_seed(0)
         n = int((labels != target).sum())
-        of_class = [(labels == c).nonzero()[:, 0] for c in (A, B)]
+        of_class = [(labels == c).nonzero()[:, 0] for c in self.classes[:2].tolist()]
         if not all(map(len, of_class)):
             return images[:0], None
         drawn = [some[torch.randint(len(some), (n,), generator=generator).to(some.device)] for some in of_class]

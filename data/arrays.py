@@ -155,7 +155,8 @@ def read_idx(path, dimensions):
         raise InputError(f"cannot read {path}: {reason}") from None
     start = 4 + 4 * dimensions
     shape = [int.from_bytes(content[i : i + 4], "big") for i in range(4, start, 4)]
-    if content[:4] != bytes((0, 0, 8, dimensions)) or len(content) != start + int(np.prod(shape, dtype=object)):
+    values = int(np.prod(shape, dtype=object))
+    if content[:4] != bytes((0, 0, 8, dimensions)) or not values or len(content) != start + values:
         raise InputError(f"{path} is no IDX file of bytes in {dimensions} dimensions, or is cut off; fetch it again")
     return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
 

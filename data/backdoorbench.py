@@ -82,9 +82,13 @@ def are_entries(values):
         isinstance(entry, tuple)
         and len(entry) == 5
         and all(type(entry[i]) is int for i in (0, 2, 3))
-        and (type(entry[1]) is str if entry[4] is None else isinstance(entry[4], torch.Tensor) and entry[4].dim() == 3)
+        and (type(entry[1]) is str if entry[4] is None else _is_image(entry[4]))
         for entry in values
     )
+
+
+def _is_image(value):
+    return isinstance(value, torch.Tensor) and value.dtype == torch.uint8 and value.dim() == 3 and value.shape[0] == 3
 
 
 def _chosen(bd_test, entries):
@@ -147,6 +151,8 @@ def _read(path):
         with Image.open(path, formats=("PNG", "JPEG", "BMP")) as picture:
             if max(picture.size) > LARGEST:
                 raise ValueError(f"it is {picture.width}x{picture.height}")
+            if picture.mode.startswith("I"):
+                raise ValueError("it has 16 bits per pixel")
             return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)
     except MemoryError:
         raise

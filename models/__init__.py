@@ -21,7 +21,7 @@ from .activations import (
 )
 from .common import Normalized
 from .custom_modules import Clip, ClippedReLU, frozen_copy, has_own_modules, set_bounds, weights_device
-from .describe import MAX_CLASSES, MAX_WIDTH, describe_state_dict, shown_size
+from .describe import MAX_CLASSES, MAX_WIDTH, describe_state_dict, shapes, shown_size
 from .networks import NETWORKS, get_model
 from .safe_pickle import read_file, read_pickle, unwrap
 
@@ -45,10 +45,11 @@ __all__ = [
     "read_file",
     "read_pickle",
     "set_bounds",
+    "replacing",
+    "shapes",
     "shown_size",
     "unclipped",
     "unwrap",
-    "replacing",
     "watching",
     "weights_device",
     "with_bounds",

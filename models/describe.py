@@ -55,7 +55,7 @@ def _fit(state, name):
         width, classes = _ratio(state, small, wide) or 1.0, 2 * (_ratio(state, small, many) or 1.0)
         if not (0 < width <= MAX_WIDTH and 0 < classes <= MAX_CLASSES):
             return 1, f"a width of {width:g} and {classes:g} classes is out of bounds"
-        exact = _shapes(name, round(classes), width, **kwargs)
+        exact = shapes(name, round(classes), width, **kwargs)
     except (ValueError, TypeError, AssertionError, RuntimeError) as error:
         return math.inf, " ".join(str(error).split())[:160]
     own, theirs = ({k for k in keys if not k.endswith("num_batches_tracked")} for keys in (exact, state))
@@ -87,12 +87,12 @@ def _ratio(state, one, other):
 @functools.cache
 def _references(name, **kwargs):
     """Return {key: shape} of a network with two classes; of one twice as wide, if it has widths; with three classes."""
-    small = _shapes(name, 2, 1.0, **kwargs)
-    wide = _shapes(name, 2, 2.0, **kwargs) if name in NETWORKS else small
-    return small, wide, _shapes(name, 3, 1.0, **kwargs)
+    small = shapes(name, 2, 1.0, **kwargs)
+    wide = shapes(name, 2, 2.0, **kwargs) if name in NETWORKS else small
+    return small, wide, shapes(name, 3, 1.0, **kwargs)
 
 
-def _shapes(name, num_classes, width, **kwargs):
+def shapes(name, num_classes, width, **kwargs):
     """Return {key: shape} of a network; its memory is not allocated where its constructor works without."""
     try:
         with torch.device("meta"):

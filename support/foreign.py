@@ -134,6 +134,9 @@ def target_of(checkpoint):
     if not checkpoint["bd_test"]:
         raise InputError("the checkpoint brings no triggered images; give --attack another")
     pairs = {(under_attack, original) for _, _, under_attack, original, _ in checkpoint["bd_test"]}
+    if not all(0 <= label < checkpoint["num_classes"] for pair in pairs for label in pair):
+        n = checkpoint["num_classes"]
+        raise InputError(f"its triggered images have labels that are none of its {n} classes; give --attack another")
     targets = {under_attack for under_attack, _ in pairs}
     if len(targets) == 1:
         return targets.pop()

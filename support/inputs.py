@@ -87,7 +87,7 @@ def load_network(args, device):
     args.network = checkpoint["network"]
     if isinstance(args.attack, Unsaid) and checkpoint["bd_test"]:
         args.attack = "file"
-    guessed = args.ckpt is not None and isinstance(args.dataset, Unsaid)
+    guessed = {k for k in ("dataset", "target") if args.ckpt is not None and isinstance(vars(args).get(k), Unsaid)}
     answered = answer(args, checkpoint, path)
     classes = class_names(args, path if "target" in answered else None)
     if checkpoint["num_classes"] != len(classes):
@@ -98,8 +98,9 @@ def load_network(args, device):
         raise InputError(f"{path} is for images of {size}x{size}; give --size {size}")
     model = utils.build_model(path, checkpoint, device)
     takes(model, path, size)
-    if guessed and "dataset" not in answered and ranks.ranks()[0] == 0:
-        print(f"note: {path} does not say its data set; {args.dataset} is taken", flush=True)
+    guessed -= answered | ({"target"} if args.attack in ("none", "file") else set())
+    for flag in sorted(guessed) if ranks.ranks()[0] == 0 else ():
+        print(f"note: {path} does not say its {flag}; {getattr(args, flag)} is taken", flush=True)
     settle_normalization(args, path, model, checkpoint, asked)
     return path, model, checkpoint
 
@@ -120,6 +121,9 @@ def load_victim(args, device):
         raise InputError(f"{learned}; give another{other}")
     if args.target == "all" and backdoor is not None and not (backdoor.relabel and backdoor.all_to_all):
         raise InputError(f"{args.attack} cannot send each class to the next; give --target a class")
+    only = None if backdoor is None else backdoor.only_target
+    if only not in (None, args.target):
+        raise InputError(f"{args.attack} leads to class {only} alone; give --target {only}")
     notes = []
     if target != args.target:
         notes.append(f"the target of the triggered images of {path} is {target}, and taken for --target {args.target}")
@@ -131,7 +135,7 @@ def load_victim(args, device):
             notes.append(f"{path} was trained with {flag} {trained}, measured with {now}")
     if source is not checkpoint and source["target"] not in (None, args.target):
         notes.append(f"{args.trigger_of} was trained with target {source['target']}, measured with {args.target}")
-    if backdoor is not None and checkpoint["attack"] is None and source["trigger"] is None:
+    if backdoor is not None and checkpoint["attack"] in (None, args.attack) and source["trigger"] is None:
         notes.append(
             f"{path} brings no trigger: ASR is that of the {args.attack} here, which may be another than its own"
         )
@@ -263,6 +267,8 @@ def load_trigger(attack, checkpoint, device, size=32, width=None):
         backdoor = backdoors.get_backdoor(attack, size, width=checkpoint.get("trigger_width") if own else width)
         if own:
             backdoor.load_state_dict(checkpoint["trigger"])
+            if not all(v.isfinite().all() for v in backdoor.state_dict().values()):
+                raise ValueError("NaN or infinity in it")
     except (OSError, ValueError, RuntimeError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200]
         if own:  # torch's words on what does not fit

@@ -37,7 +37,7 @@ class Victim:
         defense, *settings = cell.split(",")
         script = ["unit.py"] if defense == "unit" else ["defend.py", "--defense", defense]
         # what a victim is for, where that is not what the commands take it to be
-        usual = {"dataset": (None, "cifar10", "cifar10_sample"), "size": (None, 32), "target": (None, 0)}
+        usual = {"dataset": (None, "cifar10"), "size": (None, 32), "target": (None, 0)}
         own = [w for k, v in usual.items() if self.about.get(k) not in v for w in (f"--{k}", str(self.about[k]))]
         settings += [f"trigger_of={utils.CKPT / holder}.pt"] if holder else []
         return [*script, "--attack", self.attack, *own, *(f"--{setting}" for setting in settings)]

@@ -66,20 +66,23 @@ def attack_result(
 def main(victim, folder):
     """Write the result and say where it lies."""
     model, about = utils.load_model(victim)
+    if about["bounds"] is not None:
+        raise InputError(f"{victim} has bounds, which BackdoorBench's file cannot hold; give the victim")
     backdoor = inputs.load_trigger(about["attack"] or "none", utils.load_checkpoint(victim), torch.device("cpu"))
     images, labels = data.load_dataset(about["dataset"], ROOT / "data", train=False)
     target = about["target"]
     if backdoor is None or backdoor.test_set(images[:BATCH], labels[:BATCH], target)[1] is None or target == "all":
         raise InputError(f"{victim} has no trigger, one on mixes of images, or no single target; give another victim")
+    name, folder = about["attack"], Path(folder)
+    path = folder / "record" / name / "attack_result.pt"
+    utils.check_place(path)
     indices = (labels != target).nonzero()[:, 0]
     with torch.no_grad():
         triggered = [(backdoor(data.to_float(x)) * 255).round().byte() for x in images[indices].split(BATCH)]
-    name, folder = about["attack"], Path(folder)
     result = attack_result(
         model.state_dict(), torch.cat(triggered), labels[indices], indices.tolist(), len(labels), name, folder,
         target=target, model_name=about["network"], num_classes=about["num_classes"], clean_data=about["dataset"],
     )  # fmt: skip
-    path = folder / "record" / name / "attack_result.pt"
     torch.save(result, path)
     print(f"wrote {path} and {len(indices):,} pictures beside it")
 

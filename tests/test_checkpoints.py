@@ -312,9 +312,20 @@ def test_bounds_of_another_shape_are_refused(victim_file, tiny, shape):
         utils.load_model(victim_file)
 
 
-@pytest.mark.parametrize("changes", [{"width": 1e6}, {"width": -1}, {"num_classes": 10**12}])
-def test_a_network_out_of_bounds_is_refused_before_it_is_built(victim_file, changes):
+@pytest.mark.parametrize("value", [torch.tensor(-0.1), torch.tensor(1), torch.tensor(1j)])
+def test_bounds_that_cannot_be_are_refused(victim_file, tiny, value):
+    bounds = random_bounds(tiny, 0)
+    bent(victim_file, bounds=bounds | {"act": value.expand(bounds["act"].shape).contiguous()})
+    with pytest.raises(InputError, match="the bound act"):
+        utils.load_model(victim_file)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"width": 1e6}, {"width": -1}, {"num_classes": 10**12}, {"width": 16.0}, {"num_classes": 100_000}]
+)
+def test_a_network_out_of_bounds_is_refused_before_it_is_built(victim_file, changes, monkeypatch):
     bent(victim_file, **changes)
+    monkeypatch.setattr(models, "get_model", lambda *_, **__: pytest.fail("it is built"))
     with pytest.raises(InputError, match="does not fit"):
         utils.load_model(victim_file)
 
@@ -322,7 +333,11 @@ def test_a_network_out_of_bounds_is_refused_before_it_is_built(victim_file, chan
 @pytest.mark.parametrize("change", [
     {"width": "wide"}, {"bounds": [1]}, {"trigger": 7}, {"format": torch.zeros(3)}, {"size": torch.zeros(3)},
     {"target": [1]}, {"dataset": [1]}, {"mean": 5}, {"bd_test": 5}, {"bd_test": [1]},
-    {"bd_test": [(1, None, 0, 1, None)]},
+    {"bd_test": [(1, None, 0, 1, None)]}, {"bd_test": [(1, "1.png", 0, 1, None)]},
+    {"bd_test": [(1, None, 0, 1, torch.zeros(3, 32, 32))]},
+    {"bd_test": [(1, None, 0, 1, torch.zeros(1, 32, 32, dtype=torch.uint8))]},
+    {"seed": torch.tensor(1)}, {"lr": torch.tensor(0.1)}, {"flip": torch.tensor(True)}, {"poison_rate": b"1"},
+    {"attack": "badnet\nnote: all is well"}, {"dataset": "\x1b[31m"},
 ])  # fmt: skip
 def test_what_a_file_of_ours_says_has_to_be_of_its_kind(victim_file, change):
     bent(victim_file, **change)
@@ -330,6 +345,26 @@ def test_what_a_file_of_ours_says_has_to_be_of_its_kind(victim_file, change):
     with pytest.raises(InputError, match=f"is refused: its {name} is ") as caught:
         utils.load_checkpoint(victim_file)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("change", [{"mean": (0.5, 0.5, "x")}, {"mean": None}, {"std": None}])
+def test_a_normalization_that_is_none_is_refused(victim_file, change):
+    bent(victim_file, **change)
+    with pytest.raises(InputError, match="is refused: its mean and std are not three numbers each"):
+        utils.load_checkpoint(victim_file)
+
+
+@pytest.mark.parametrize("change", [{"state_dict": {}}, {"state_dict": {"conv1.weight": "x"}}])
+def test_weights_that_are_no_tensors_are_refused(victim_file, change):
+    bent(victim_file, **change)
+    with pytest.raises(InputError, match="has no weights"):
+        utils.load_checkpoint(victim_file)
+
+
+def test_a_trigger_of_no_attack_is_refused(victim_file):
+    bent(victim_file, attack=None)
+    with pytest.raises(InputError, match="holds a trigger, but does not say of which attack"):
+        utils.load_checkpoint(victim_file)
 
 
 def test_a_file_of_ours_without_a_normalization_has_the_authors(victim_file):
@@ -357,7 +392,9 @@ def test_a_victims_own_trigger_goes_before_the_files(victim_file):
     assert inputs.load_trigger("none", checkpoint, cpu) is None
 
 
-@pytest.mark.parametrize("trigger", [{"patch": "x"}, {}, {"patch": torch.zeros(1)}])
+@pytest.mark.parametrize(
+    "trigger", [{"patch": "x"}, {}, {"patch": torch.zeros(1)}, {"patch": torch.full((3, 5, 5), torch.nan)}]
+)
 def test_a_trigger_that_is_none_is_refused(victim_file, trigger):
     bent(victim_file, trigger=trigger, attack="badnet")
     with pytest.raises(InputError, match="no trigger for badnet on images of 32x32: .*; give another --size") as caught:

@@ -74,6 +74,11 @@ print(faults() - before)"""
     assert kept < given_back / 10
 
 
+def test_what_unit_has_not_made_is_not_measured(victim_file, tmp_path):
+    with pytest.raises(InputError, match="no defended model .*d.pt; make it by the same command without --phase test"):
+        run_unit(victim_file, tmp_path, "--phase", "test")
+
+
 def test_a_missing_checkpoint_is_one_line_and_status_2():
     process = command("evaluate.py", *SMALL, "--network", "resnet50", "--attack", "wanet")
     _, err = process.communicate()

@@ -19,7 +19,7 @@ import defend
 import utils
 from backdoors import get_backdoor
 from evaluate import Measured
-from support import plots, records, tables, victims
+from support import inputs, plots, records, tables, victims
 from tests.running import command
 
 CPU = torch.device("cpu")
@@ -644,6 +644,17 @@ def test_only_the_victims_that_are_named_are_run(house, monkeypatch):
     house.compare("--defenses", "ft", "--victims", str(named))
     assert ran == [("a", "ft")]
     assert "75.0" in (house.results / "README.md").read_text()
+
+
+def test_a_cell_is_looked_for_where_its_command_writes(house):
+    """A victim of the sample answers for the data set, whose name is then in the record's."""
+    house.victim("a", dataset="cifar10_sample")
+    (victim,) = house.victims()
+    args = flags.parser("defend.py").parse_args(victim.words("none")[1:] + ["--results", str(house.results)])
+    inputs.answer(args, utils.load_checkpoint(victim.path))
+    said = records.victim_of(victim.path, utils.load_checkpoint(victim.path))
+    assert records.path_of("none", args, said) == victim.record_path("none")
+    assert victim.record_path("none").name == "none,dataset=cifar10_sample.json"
 
 
 def test_victims_without_a_file_are_not_run_and_said(house, monkeypatch, capsys):

@@ -3,6 +3,8 @@
 import flags
 from flags import InputError
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -10,6 +12,7 @@ from torch import nn
 import data
 import models
 import utils
+from backdoors import get_backdoor
 from evaluate import Measured, evaluate, main
 from support import activations, inputs
 from support.activations import N_SIGMA, effect_table, tightness_table, trigger_effect, uniform_bounds
@@ -215,10 +218,10 @@ def test_the_command(victim_file, tmp_path, capsys, monkeypatch, attack):
 
 def test_the_file_answers_what_no_flag_says(victim_file, tmp_path, capsys):
     told, silent, odd = tmp_path / "told.pt", tmp_path / "silent.pt", tmp_path / "odd.pt"
-    victim = utils.load_checkpoint(victim_file)
+    victim, warp = utils.load_checkpoint(victim_file), get_backdoor("wanet", 48).state_dict()
     for path, said in (
-        (told, {"attack": "wanet", "target": 3, "dataset": "svhn", "size": 48, "trigger": None}),
-        (silent, dict.fromkeys(("attack", "target", "dataset", "size"))),
+        (told, {"attack": "wanet", "target": 3, "dataset": "svhn", "size": 48, "trigger": warp}),
+        (silent, dict.fromkeys(("attack", "target", "dataset", "size", "trigger"))),
         (odd, {"attack": "of another tool", "dataset": "mine", "trigger": None}),
     ):
         utils.save_checkpoint(victim | said, path)
@@ -237,7 +240,17 @@ def test_the_file_answers_what_no_flag_says(victim_file, tmp_path, capsys):
     out = capsys.readouterr().out
     assert [word in out for word in ("attack wanet", "target 3", "dataset svhn")] == [True] * 3
     assert meant(silent) == meant(odd) == ("badnet", 0, "cifar10", 32)
-    assert f"note: {silent} does not say its data set; cifar10 is taken" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f"note: {silent} does not say its dataset; cifar10 is taken" in out
+    assert f"note: {silent} does not say its target; 0 is taken" in out
+    assert f"note: {silent} brings no trigger" in out
+    meant(silent, "--attack", "none", "--dataset", "cifar10")
+    assert capsys.readouterr().out == ""
+    utils.save_checkpoint(victim | {"trigger": None}, odd)  # which names its attack
+    meant(odd)
+    assert f"note: {odd} brings no trigger" in capsys.readouterr().out
+    with pytest.raises(InputError, match="composite leads to class 2 alone; give --target 2"):
+        meant(silent, "--attack", "composite")
     with pytest.raises(InputError, match="no class of svhn"):
         meant(told, "--target", "10")
     with pytest.raises(InputError, match="give --size 48"):
@@ -263,6 +276,14 @@ def test_an_answer_that_cannot_be_names_the_file_and_the_flag(victim_file, tmp_p
     args = flags.parser(command).parse_args(["--device", "cpu", "--ckpt", str(tmp_path / "v.pt"), *more])
     with pytest.raises(InputError, match=reason):
         inputs.load_victim(args, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("value", [-0.1, 1.1, math.nan])
+def test_a_trigger_that_leaves_the_range_of_pixels_is_refused(coded, value):
+    trigger = nn.Module()
+    trigger.forward = lambda x: torch.full_like(x, value)
+    with pytest.raises(InputError, match=r"pixels outside \[0, 1\]"):
+        evaluate(ReadsFirstPixel(), *coded, trigger, TARGET)
 
 
 def test_the_activations_of_a_mix_of_images_have_no_counterpart(victim_file, tmp_path):

@@ -267,6 +267,14 @@ def test_what_does_not_fit_the_flags_is_a_line(tiny, tmp_path, words, reason, mo
         assert "\n" not in str(caught.value)
 
 
+def test_labels_that_are_no_classes_are_refused():
+    image = torch.zeros(3, 8, 8, dtype=torch.uint8)
+    for labels in ((12, 3), (-1, 3), (0, 10)):
+        with pytest.raises(InputError, match="none of its 10 classes"):
+            foreign.target_of({"bd_test": [(1, None, 0, 3, image), (2, None, *labels, image)], "num_classes": 10})
+    assert foreign.target_of({"bd_test": [(1, None, 0, 3, image)], "num_classes": 10}) == 0
+
+
 # --- other projects' files --------------------------------------------------------------------------------------------
 
 WRAPPED = {
