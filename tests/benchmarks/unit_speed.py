@@ -1,28 +1,24 @@
-"""UNIT against the authors' loop, and what each piece of fast/ earns.
+"""UNIT against the authors' loop, in wall time: the start and --steps steps with validation, a fourth as many images.
 
-1. The whole search in wall time: the authors' loop (fp32, weights trainable, one graph over all its images, batch norm,
-   ReLU and clip as one writes them down) against unit.tighten(): start, --steps steps with validation, and whatever
-   compiling and recording take. --images train, a fourth as many validate.
-2. The passes forward and backward, in images per second, of the two.
-3. The passes again with one piece of fast/ left out at a time, compiled as in a long search.
-
-The loop runs in this process, where glibc keeps freed memory as for our commands: in a script of its own it is slower.
-On a GPU it has torch's own settings, TF32 convolutions among them.
+The loop is theirs as one writes it down: fp32, weights trainable, one graph over all its images, batch norm, ReLU and
+clip. It runs in a process of its own, as their script does, where glibc gives the memory of freed tensors back; and in
+this one, which keeps it, as our commands do. unit.tighten() includes what compiling and recording take.
 """
 
-import contextlib
 import copy
-from unittest import mock
+import subprocess
+import sys
 
 import bench
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-import fast
 import models
 import unit
 import utils
+
+ALONE = "import sys; sys.path.insert(0, sys.argv[1]); import unit_speed; unit_speed.loop_alone(*sys.argv[2:])"
 
 
 class PlainClip(nn.Module):
@@ -65,47 +61,39 @@ def authors_loop(model, x, y, x_valid, y_valid, config):
     return accuracies
 
 
-def our_passes(model, data, bounds, dtype, size, plain_clip=False, compiled=True, **without):
-    """Return the passes as tighten() runs them; without: {name in fast: what stands in for it}."""
-    with contextlib.ExitStack() as left_out:
-        for name, stand_in in without.items():
-            left_out.enter_context(mock.patch.object(fast, name, stand_in))
-        net, _, layer = fast.search_network(model, data[0][:2], dtype, 10**9 if compiled else 0)
-    sites = models.clips_of(models.set_bounds(net, bounds, models.ClippedReLU if plain_clip else layer))
-    parameters = [site.bound for site in sites.values()]
-    return lambda: utils.repeatable()(unit.cross_entropy_backward)(net, parameters, *data, size)
+def some_data(n, device):
+    """Return (ResNet-18 in eval mode, n images, their labels), all random."""
+    torch.manual_seed(0)
+    model = models.get_model("resnet18").to(device).eval()
+    return model, torch.rand(n, 3, 32, 32, device=device), torch.randint(0, 10, (n,), device=device)
+
+
+def loop_alone(images, steps, device):
+    """Print how long the authors' loop takes; arguments as words, because it runs in a process of its own."""
+    model, x, y = some_data(int(images), torch.device(device))
+    config = unit.UnitConfig(n_steps=int(steps))
+    print(bench.seconds(lambda: authors_loop(model, x, y, x[: len(x) // 4], y[: len(x) // 4], config), x.device))
 
 
 def main():
     """Print the figures."""
-    args = bench.arguments(n=5, images=200, micro_batch=100, steps=3)
-    torch.manual_seed(0)
-    model = models.get_model("resnet18").to(args.device).eval()
-    x = torch.rand(args.images, 3, 32, 32, device=args.device)
-    y = torch.randint(0, 10, (args.images,), device=args.device)
+    args = bench.arguments(n=3, images=500, micro_batch=100, steps=4)
+    model, x, y = some_data(args.images, args.device)
     whole = x, y, x[: args.images // 4], y[: args.images // 4]
     size = utils.pass_size(args.device, args.micro_batch)
     config = unit.UnitConfig(n_steps=args.steps, precision=args.precision, micro_batch=size)
-    rivals = {"authors' loop": lambda: authors_loop(model, *whole, config)}
-    t = bench.in_turn(rivals | {"unit.tighten": lambda: unit.tighten(model, *whole, config)}, args.n, args.device)
+    words = [sys.executable, "-c", ALONE, str(bench.HERE), *map(str, (args.images, args.steps, args.device))]
+    t = {"authors' loop, a process of its own": [], "authors' loop": [], "unit.tighten": []}
+    for _ in range(args.n):
+        own, kept, ours = t.values()
+        own.append(float(subprocess.run(words, capture_output=True, text=True, check=True).stdout.split()[-1]))
+        kept.append(bench.seconds(lambda: authors_loop(model, *whole, config), args.device))
+        ours.append(bench.seconds(lambda: unit.tighten(model, *whole, config), args.device))
     for name, times in t.items():
         bench.figure(name, times, "s")
-    bench.ratios("loop / tighten", *t.values())
-
-    net, _ = authors_net(model, x)
-    bounds = unit.initial_bounds(model, models.activation_sites(model, x[:2]), x, size, 4.0)
-    variants = {"all of fast/": {}, "without folding": {"fold_batch_norm": lambda net: net}}
-    variants["without products"] = {"small_maps_by_products": lambda net, *_, **__: net}
-    if args.device.type == "cuda":
-        variants["without recording"] = {"record_passes": lambda net: net}
-    variants |= {"without the compiled clip": {"compiled": False}, "plain clip": {"plain_clip": True}}
-    rivals = {
-        name: our_passes(model, (x, y), bounds, args.dtype, size, **without) for name, without in variants.items()
-    }
-    t = bench.in_turn({"authors' loop": lambda: F.cross_entropy(net(x), y).backward(), **rivals}, args.n, args.device)
-    for name, times in t.items():
-        bench.figure(name, [args.images / s for s in times], "images/s")
-    bench.ratios("loop / all", t["authors' loop"], t["all of fast/"])
+    own, kept, ours = t.values()
+    bench.ratios("process of its own / tighten", own, ours)
+    bench.ratios("loop / tighten", kept, ours)
 
 
 if __name__ == "__main__":
