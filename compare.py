@@ -33,7 +33,10 @@ from support.victims import all_victims, ceiling, clean_cells, grouped, panel_of
 CHEAPEST = ("none", "clp", "ulrl", "seam", "fst", "rnp", "fp", "ft", "nad", "i_bau", "unit,step_images=250", "anp")
 CHEAPEST += ("ft_sam", "bcu", "nc", "unit")
 POLL = 0.1  # seconds between two looks at the runs
-PAGES = {"README.md": ("# Figures", ["averages"]), "attacks.md": ("# Attack by attack", ["grids", "detections"])}
+PAGES = {
+    "README.md": ("# Figures", ["averages"]),
+    "attacks.md": ("# Attack by attack", ["grids", "budgets", "detections"]),
+}
 PAGES |= {"networks.md": ("# Other networks and data sets", ["networks"]), "runs.md": ("# Every run", ["details"])}
 
 
@@ -171,6 +174,7 @@ def write_tables(victims, args):
     made = {"averages": tables.averages(groups), "grids": tables.grids(groups)}
     made |= {
         "networks": tables.networks(groups),
+        "budgets": tables.budgets(groups),
         "detections": tables.detections(victims),
         "details": tables.details(victims),
     }

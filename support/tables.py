@@ -16,6 +16,9 @@ BEGIN, END = "<!-- begin: {} -->", "<!-- end -->"
 NAMES = {"none": "no defense"} | {d: d.upper().replace("_", "-") for d in (*DEFENSES, "unit")}
 NAMES |= {"unit,step_images=250": "UNIT 250"}
 FRONT = ("none", "ft", "bcu", "ulrl", "unit", "unit,step_images=250")  # of the front page's table
+# UNIT 250 by its --acc_degrade, in %
+BUDGETS = {"3": "unit,step_images=250", "5": "unit,acc_degrade=0.05,step_images=250"}
+BUDGETS |= {"10": "unit,acc_degrade=0.1,step_images=250"}
 BAND = 9  # columns of attacks that fit beside each other
 
 
@@ -159,6 +162,19 @@ def _grid(title, key, band, columns, last, groups):
     if any(best):
         rows.append(["ceiling of RA", *map(spread, best), *([""] * last)])
     return markdown([title, *heads, *(["mean"] * last)], rows)
+
+
+def budgets(groups):
+    """Return the table of UNIT 250 with several budgets: BA / ASR / RA, a line per group with two of them or more."""
+    rows = []
+    for group in groups:
+        found = [[group.values(cell, key) for key in ("BA", "ASR", "RA")] for cell in ("none", *BUDGETS.values())]
+        if sum(bool(of[0]) for of in found[1:]) > 1:
+            n = f" (n = {len(group.victims)})" if len(group.victims) > 1 else ""
+            cells = [" / ".join(spread(v, 2) for v in of) if of[0] else "–" for of in found]
+            rows.append([f"{group.panel}, {group.name}{n}", *cells])
+    header = ["BA / ASR / RA in %", "no defense", *(f"{points} %" for points in BUDGETS)]
+    return markdown(header, rows) if rows else ""
 
 
 def figures(measured):

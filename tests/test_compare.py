@@ -321,6 +321,28 @@ def test_the_tables_have_means_over_seeds_and_attacks(house, capsys):
     assert "| UNIT | 87.0 | 7.0 | 76.0 | badnet, wanet |" in capsys.readouterr().out
 
 
+def test_budgets_stand_beside_each_other_where_two_have_records(house):
+    a, b, wanet = house.victim("a"), house.victim("b", seed=2), house.victim("w", "wanet")
+    for path, cell, measured in (
+        (a, "none", figures(0.9, 1.0, 0.0)),
+        (a, "unit,step_images=250", figures(0.88, 0.5, 0.25)),
+        (a, "unit,acc_degrade=0.05,step_images=250", figures(0.86, 0.2, 0.5)),
+        (b, "unit,acc_degrade=0.05,step_images=250", figures(0.84, 0.1, 0.75)),
+        (wanet, "unit,step_images=250", figures(0.8, 0.5, 0.25)),
+    ):
+        house.record(path, cell, measured)
+    assert house.table(tables.budgets(house.groups()), "BA / ASR / RA") == {
+        "BA / ASR / RA in %": ["no defense", "3 %", "5 %", "10 %"],
+        "resnet18, badnet (n = 2)": [
+            "90.00 / 100.00 / 0.00", "88.00 / 50.00 / 25.00", "85.00 ± 1.41 / 15.00 ± 7.07 / 62.50 ± 17.68", "–"
+        ],
+    }  # fmt: skip
+    house.record(a, "unit,acc_degrade=0.1,step_images=250", figures(0.8, 0.1, 0.5))
+    assert house.table(tables.budgets(house.groups()), "BA / ASR / RA")["resnet18, badnet (n = 2)"][3] == (
+        "80.00 / 10.00 / 50.00"
+    )
+
+
 def test_many_attacks_are_several_tables_and_the_mean_stands_in_the_last(house, monkeypatch):
     monkeypatch.setattr(tables, "BAND", 2)
     for i, attack in enumerate(("badnet", "wanet", "reflection")):
