@@ -79,7 +79,7 @@ def evaluate(model, images, labels, backdoor, target, batch_size=128, dtype=torc
                     with torch.autocast(device.type, enabled=False):
                         x = trigger(x).contiguous(memory_format=torch.channels_last)
                     if not (x.amin() >= -EDGE and x.amax() <= 1 + EDGE):  # also for NaN
-                        raise flags.InputError("the trigger gives pixels outside [0, 1]; take a file that is whole")
+                        raise flags.InputError("the trigger gives pixels outside [0, 1]; clamp them, or take another")
                 logits = models.logits(model(x))
                 classes.append(logits.argmax(1))
         return torch.cat(classes), logits.shape[1]

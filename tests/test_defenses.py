@@ -23,7 +23,7 @@ from evaluate import main as evaluate_main
 from support import records
 from tests.running import SMALL, run_defend
 
-pytestmark = pytest.mark.usefixtures("few_test_images")
+pytestmark = pytest.mark.usefixtures("few_test_images", "undrawn")
 
 
 @pytest.fixture(scope="session")
@@ -61,7 +61,7 @@ def test_every_defense_is_known_to_the_commands():
 def test_same_seed_same_bits_and_the_victim_is_left_alone(name, tiny, clean):
     before = {k: v.clone() for k, v in tiny.state_dict().items()}
     few = clean[0][::25], clean[1][::25]
-    a, b, c = (DEFENSES[name].repair(tiny, *few, short(name), seed=s) for s in (1, 1, 2))
+    a, b, c = (DEFENSES[name].repair(tiny, *few, short(name, 1), seed=s) for s in (1, 1, 2))
     state_a, state_b, state_c = (r.model.state_dict() for r in (a, b, c))
     assert all(torch.equal(state_a[k], state_b[k]) for k in state_a)
     assert a.history == b.history
@@ -389,7 +389,7 @@ def the_record(tmp_path):
 
 @pytest.mark.parametrize(("name", "given"), [(n, ["--epochs", "1"] if n == "ft" else []) for n in RESUMED])
 def test_the_command_saves_what_it_measured(victim_file, tmp_path, capsys, name, given, monkeypatch):
-    few = short(name)
+    few = short(name, 1)
     monkeypatch.setattr(DEFENSES[name], "Config", lambda: few)
     run_defend(victim_file, tmp_path, "--defense", name, "--data_rate", "0.2", *given)
     record, place = the_record(tmp_path)

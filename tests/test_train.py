@@ -461,7 +461,7 @@ class Learning(Trigger):
         self.train()
 
     def forward(self, x):
-        return torch.ones_like(x) * self.brightness
+        return torch.ones_like(x) * self.brightness.clamp(0, 1)
 
     def in_training(self, x, generator):
         return F.dropout(self(x), 0.5)  # which draws by torch's own generator
