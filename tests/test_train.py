@@ -444,7 +444,7 @@ def test_a_surrogate_that_is_of_no_use_is_refused(tmp_path, attack):
 
 
 class Learning(Trigger):
-    """A trigger trained along with the victim: a brightness, which an extra loss pulls to 1."""
+    """A trigger trained along with the victim: a brightness, which an extra loss pulls to 0.5."""
 
     sampling = "in_batch"
 
@@ -461,13 +461,13 @@ class Learning(Trigger):
         self.train()
 
     def forward(self, x):
-        return torch.ones_like(x) * self.brightness.clamp(0, 1)
+        return torch.ones_like(x) * self.brightness
 
     def in_training(self, x, generator):
         return F.dropout(self(x), 0.5)  # which draws by torch's own generator
 
     def extra_loss(self, logits, y):
-        return (self.brightness - 1).square()
+        return (self.brightness - 0.5).square()
 
 
 def test_a_trigger_is_trained_along_with_the_victim(black):
@@ -483,8 +483,8 @@ def test_a_trigger_is_trained_along_with_the_victim(black):
     train.train_epoch(step, optimizers, black, poison, trigger, config, 2, lambda _n: None)
     assert trigger.modes == [(2, 3)]
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
-    assert trigger.brightness.item() == pytest.approx(1, abs=0.2)  # in four steps
-    assert trigger.brightness.item() != 1
+    assert trigger.brightness.item() == pytest.approx(0.5, abs=0.2)  # in four steps
+    assert trigger.brightness.item() != 0.5
 
 
 def test_a_trained_trigger_resumes_to_the_same_bits(tmp_path, monkeypatch):
