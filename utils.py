@@ -300,7 +300,7 @@ def _how_to_make(path):
     for attack in ("none", *ATTACKS):
         for network in models.NETWORKS:
             if path.resolve() == checkpoint_path("cifar10", network, attack):
-                there = [p for p in sorted(CKPT.glob(f"cifar10_*_{attack}.pt")) if p.resolve() != path.resolve()]
+                there = [p for p in sorted(CKPT.glob("cifar10_*.pt")) if p.stem.split("_", 2)[2:] == [attack]]
                 other = f"give --ckpt {os.path.relpath(there[0])}, or " if there else ""
                 return f"{other}make it with: python train.py {training_flags(network, attack)}"
             for dataset in DATASETS:

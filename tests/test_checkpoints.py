@@ -250,6 +250,18 @@ def test_a_missing_checkpoint_says_what_makes_it(attack):
             utils.load_checkpoint(utils.checkpoint_path(dataset, "resnet50", attack, suffix="_unit"))
 
 
+def test_a_missing_checkpoint_names_a_victim_of_another_width(tmp_path, monkeypatch):
+    monkeypatch.setattr(utils, "CKPT", tmp_path)
+    for name in ("cifar10_resnet18-w0.25_adaptive_blend.pt", "cifar10_resnet18-w0.25_composite.pt"):
+        (tmp_path / name).write_bytes(b"")
+    for attack, hint in (
+        ("blend", "; make it with: "),
+        ("composite", "w0.25_composite.pt, or make it with: .*--target 2"),
+    ):
+        with pytest.raises(InputError, match=hint):
+            utils.load_checkpoint(utils.checkpoint_path("cifar10", "resnet18", attack))
+
+
 def test_a_write_that_fails_leaves_the_old_file(tmp_path):
     path = tmp_path / "f.json"
     utils.save_json({"a": 1}, path)
