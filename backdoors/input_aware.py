@@ -27,7 +27,7 @@ class InputAware(Trigger):
             raise ValueError(f"images of {size}x{size} do not pass three poolings; take a multiple of 8")
         self.width = width or self.width
         self.pattern_network, self.mask_network = (encoder_decoder(self.width, out) for out in (3, 1))
-        self.extra = None
+        self.extra = self.adam = None
 
     def patterns(self, x):
         """Return G(x), (N, 3, H, W) in [0, 1]."""
@@ -42,12 +42,14 @@ class InputAware(Trigger):
         return x + self.masks(x) * (self.patterns(x) - x)
 
     def optimizer(self):
-        """Return Adam on G at 1e-2."""
-        return torch.optim.Adam(self.pattern_network.parameters(), lr=1e-2, betas=(0.5, 0.9))
+        """Return Adam on G, whose rate start_epoch() sets."""
+        self.adam = torch.optim.Adam(self.pattern_network.parameters(), lr=1e-2, betas=(0.5, 0.9))
+        return self.adam
 
     def start_epoch(self, epoch, n_epochs):
-        """Put G in train mode; M is frozen."""
-        del epoch, n_epochs
+        """Put G in train mode; M is frozen. G's rate of 1e-2 falls by 10 at 2, 3, 4 and 5 sixths of the epochs."""
+        for group in self.adam.param_groups:
+            group["lr"] = 0.01 * 0.1 ** sum(6 * epoch >= k * n_epochs for k in (2, 3, 4, 5))
         self.pattern_network.train()
         self.mask_network.eval().requires_grad_(False)
 

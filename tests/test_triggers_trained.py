@@ -111,7 +111,7 @@ def test_the_masks_loss_by_hand():
     assert mean.item() == pytest.approx(0.1)
 
 
-def test_the_mask_learns_before_the_pattern_and_is_then_frozen(monkeypatch):
+def test_the_mask_learns_before_the_pattern_whose_rate_falls_and_is_then_frozen(monkeypatch):
     monkeypatch.setattr(networks, "WARM_UP", 2)
     torch.manual_seed(0)
     trigger, said = get_backdoor("input_aware"), []
@@ -123,7 +123,11 @@ def test_the_mask_learns_before_the_pattern_and_is_then_frozen(monkeypatch):
     assert len(said) == 2
     moved = {k.split(".")[0] for k, v in trigger.state_dict().items() if not torch.equal(v, before[k])}
     assert moved == {"mask_network"}
-    trigger.start_epoch(0, 1)
+    optimizer, rates = trigger.optimizer(), []
+    for epoch in range(12):
+        trigger.start_epoch(epoch, 12)
+        rates.append(optimizer.param_groups[0]["lr"])
+    assert rates == pytest.approx([1e-2] * 4 + [1e-3] * 2 + [1e-4] * 2 + [1e-5] * 2 + [1e-6] * 2)
     assert not any(p.requires_grad for p in trigger.mask_network.parameters())
     assert (trigger.mask_network.training, trigger.pattern_network.training) == (False, True)
 
