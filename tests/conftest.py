@@ -3,6 +3,7 @@
 import flags  # first, as in the commands
 
 import copy
+import functools
 import os
 import signal
 from pathlib import Path
@@ -11,11 +12,13 @@ import numpy as np
 import pytest
 import torch
 
+import compare
 import models
 import utils
 from backdoors import get_backdoor
 from data import cifar10
 from support import foreign, plots
+from tests.house import House
 from tests.images import FLOWER, RINGS, SCENE, generator, grids, picture, regular_grid
 
 flags.keep_freed_memory()  # as the commands do
@@ -56,6 +59,15 @@ def defense(golden):
     return x_train, y_train, x_valid, y_valid
 
 
+@pytest.fixture(scope="session", autouse=True)
+def decoded_once():
+    """The sample is decoded once a process, to save time."""
+    whole = functools.cache(cifar10.load_sample)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cifar10, "load_sample", lambda train: [t.clone() for t in whole(bool(train))])
+        yield
+
+
 @pytest.fixture(scope="module")
 def few_test_images():
     """Measure on 100 of the sample's 2,000 test images, to save time where the figures do not matter."""
@@ -67,10 +79,10 @@ def few_test_images():
 
 @pytest.fixture(scope="session")
 def few_images(tmp_path_factory):
-    """The flags of the sample with 100 test images, for commands in a process of their own."""
+    """The flags of the sample with 250 training and 100 test images, for commands in a process of their own."""
     path = tmp_path_factory.mktemp("few") / "few.npz"
     (x_train, y_train), (x_test, y_test) = (cifar10.load_sample(train) for train in (True, False))
-    arrays = {"x_train": x_train, "y_train": y_train, "x_test": x_test[::20], "y_test": y_test[::20]}
+    arrays = {"x_train": x_train[::2], "y_train": y_train[::2], "x_test": x_test[::20], "y_test": y_test[::20]}
     np.savez(path, **{k: v.numpy() for k, v in arrays.items()})
     return ["--dataset", str(path), "--flip"]
 
@@ -78,7 +90,7 @@ def few_images(tmp_path_factory):
 @pytest.fixture
 def undrawn(monkeypatch):
     """The pictures of evaluate.py and unit.py are empty files, to save time where nobody looks at them."""
-    for name in ("draw_demo", "draw_history"):
+    for name in ("draw_demo", "draw_history", "draw_moved"):
         monkeypatch.setattr(plots, name, lambda *what: what[-1].touch())
 
 
@@ -126,3 +138,13 @@ def other_folder(tmp_path):
     picture(folder / RINGS, 40, seed=4)
     grids(folder, torch.randn(1, 32, 32, 2, generator=generator(3)), regular_grid())
     return folder
+
+
+@pytest.fixture
+def house(tmp_path, untouched, monkeypatch):
+    """A House without victims, whose pictures are not drawn."""
+    (tmp_path / "ckpt").mkdir()
+    monkeypatch.setattr(utils, "CKPT", tmp_path / "ckpt")
+    monkeypatch.setattr(compare, "draw", lambda *_: None)
+    monkeypatch.setattr(compare, "POLL", 0.01)
+    return House(tmp_path, utils.half_weights(untouched.state_dict()))

@@ -22,6 +22,7 @@ from PIL import Image
 from data import cifar10
 
 PER_BATCH = 2
+load_sample = cifar10.load_sample  # itself, not what conftest.py puts in its place
 
 
 @pytest.fixture
@@ -142,7 +143,7 @@ def refused(datadir, match, train=True):
 @pytest.mark.parametrize(("train", "per_class"), [(True, 50), (False, 200)])
 def test_sample(train, per_class, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    images, labels = cifar10.load_sample(train)
+    images, labels = load_sample(train)
     assert images.shape == (10 * per_class, 3, 32, 32)
     assert images.dtype == torch.uint8
     assert images.is_contiguous()
@@ -159,7 +160,7 @@ def test_damaged_sample(harm, monkeypatch, tmp_path):
         (tmp_path / path.name).write_bytes(path.read_bytes())
     monkeypatch.setattr(cifar10, "SAMPLE", tmp_path)
     picture, labels = tmp_path / "cifar10_sample_train.webp", tmp_path / "cifar10_sample_labels.txt"
-    cifar10.load_sample(True)
+    load_sample(True)
     if harm == "missing":
         picture.unlink()
     elif harm == "cut":
@@ -171,7 +172,7 @@ def test_damaged_sample(harm, monkeypatch, tmp_path):
     else:
         labels.write_text("1" + labels.read_text()[1:])
     with pytest.raises(InputError, match="cifar10_sample_train.webp.*from the repo") as caught:
-        cifar10.load_sample(True)
+        load_sample(True)
     assert "\n" not in str(caught.value)
 
 
@@ -184,7 +185,7 @@ def test_write_sample(tiny, tmp_path, monkeypatch):
     for train in (True, False):
         labels = (tiny.labels[:5] if train else tiny.labels[5]).ravel()
         firsts = sorted(labels.tolist().index(c) for c in set(labels.tolist()))
-        images, chosen = cifar10.load_sample(train)
+        images, chosen = load_sample(train)
         assert chosen.tolist() == labels[firsts].tolist()
         assert torch.equal(images, cifar10.load(tmp_path, train)[0][firsts])
 
@@ -420,7 +421,7 @@ def test_full_set(full_set, train):
     # the mean that everybody knows
     mean = images.double().mean(dim=(0, 2, 3)) / 255
     assert mean.tolist() == pytest.approx([0.4914, 0.4822, 0.4465], abs=1e-4 if train else 5e-3)
-    for got, want in zip(cifar10.load_sample(train), cifar10.select_sample(ROOT / "data", train), strict=True):
+    for got, want in zip(load_sample(train), cifar10.select_sample(ROOT / "data", train), strict=True):
         assert torch.equal(got, want)
 
 

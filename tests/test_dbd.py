@@ -18,6 +18,7 @@ import defend
 import models
 import utils
 from backdoors import get_backdoor, poison_training_set
+from data import cifar10
 from defenses import dbd, mixmatch, simclr
 
 pytestmark = pytest.mark.usefixtures("few_test_images")
@@ -352,7 +353,7 @@ def test_the_semi_stage_trains_on_half_and_half(tiny, poisoned, monkeypatch):
     before = copy.deepcopy(tiny)
     split, split_by_loss = [], dbd.split_by_loss
     monkeypatch.setattr(dbd, "split_by_loss", lambda *args: split or split.extend(split_by_loss(*args)) or split)
-    stage = dbd.Semi(tiny, dbd.Config(mixmatch_steps=4, mixmatch_epochs=2), seed=0)
+    stage = dbd.Semi(tiny, dbd.Config(mixmatch_steps=2, mixmatch_batch=32, mixmatch_epochs=2), seed=0)
     now = stage.train_epoch(*poisoned[:2], 0, torch.float32, silent)
     assert len(now["trusted"]) == 250
     assert math.isfinite(now["loss"])
@@ -361,7 +362,7 @@ def test_the_semi_stage_trains_on_half_and_half(tiny, poisoned, monkeypatch):
     labels = poisoned[1].clone()
     others = torch.ones(500, dtype=torch.bool)
     others[now["trusted"]] = False
-    again = dbd.Semi(before, dbd.Config(mixmatch_steps=4, mixmatch_epochs=2), seed=0)
+    again = dbd.Semi(before, dbd.Config(mixmatch_steps=2, mixmatch_batch=32, mixmatch_epochs=2), seed=0)
     labels[others] = (labels[others] + 1) % 10
     again.train_epoch(poisoned[0], labels, 0, torch.float32, silent)
     assert torch.equal(tiny.linear.weight, before.linear.weight)
@@ -403,14 +404,15 @@ PLACE = "cifar10_sample_resnet18-w0.0625_badnet/dbd,dataset=cifar10_sample,epoch
 
 @pytest.fixture(scope="module")
 def short():
-    """MixMatch epochs of three steps and a batch of SimCLR no larger than the sample."""
-    init = dbd.Config.__init__
+    """Every second image of the sample, and batches and epochs that suit so few."""
+    init, whole = dbd.Config.__init__, cifar10.load_sample
 
     def short_init(self, **kwargs):
-        init(self, **{"mixmatch_steps": 3, "simclr_batch": 100, **kwargs})
+        init(self, **{"mixmatch_steps": 3, "mixmatch_batch": 20, "simclr_batch": 50, **kwargs})
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dbd.Config, "__init__", short_init)
+        patch.setattr(cifar10, "load_sample", lambda train: [t[::2] if train else t for t in whole(train)])
         yield
 
 
@@ -493,8 +495,8 @@ def test_what_it_saves_is_measured_and_recorded(whole):
     assert (record["defense"], saved["defense"]["name"]) == ("dbd", "dbd")
     assert set(record["last"]) == {"stage_1", "stage_2", "stage_3"}
     assert 0 <= record["last"]["stage_3"]["poisoned_trusted"] <= 1
-    assert (record["data"], record["poisoned"], record["settings"]["mixmatch_epochs"]) == (500, 50, 2)
-    assert (saved["poison_rate"], len(saved["poison_indices"])) == (0.1, 50)
+    assert (record["data"], record["poisoned"], record["settings"]["mixmatch_epochs"]) == (250, 25, 2)
+    assert (saved["poison_rate"], len(saved["poison_indices"])) == (0.1, 25)
     model, _ = utils.load_model(whole / "d.pt")
     assert model(torch.rand(2, 3, 32, 32)).shape == (2, 10)
 

@@ -101,7 +101,10 @@ def test_a_repair_goes_on_to_the_same_bits_from_each_epoch(name, tiny, clean):
         torch.save(state, files[-1])
         files[-1].seek(0)
     loaded = [torch.load(file, weights_only=True) for file in files]  # plain values and tensors alone
-    for done, state in ((1, loaded[0]), *enumerate(loaded, 1)):
+    steps = list(enumerate(loaded, 1))
+    if len(steps) > 6:  # NC's searches of ten classes are alike
+        steps = [*steps[:7:3], *steps[9:]]
+    for done, state in (steps[0], *steps):
         figures.clear()
         part = repair(tiny, *few, config, 1, callback=callback, state=state)
         assert figures == told[done:]  # no epoch is done twice
@@ -129,8 +132,8 @@ def test_fine_tuning_is_sgd_whose_rate_falls_along_a_cosine(tiny, clean, monkeyp
 
 
 def test_fine_tuning_fits_the_clean_images(tiny, clean):
-    few = clean[0][::3], clean[1][::3]
-    history = finetune.repair(tiny, *few, finetune.Config(epochs=4)).history
+    few = clean[0][::6], clean[1][::6]
+    history = finetune.repair(tiny, *few, finetune.Config(epochs=3, batch_size=32)).history
     assert history["loss"][-1] < history["loss"][0]
 
 
@@ -215,8 +218,8 @@ def test_distillation_loss_is_kl_of_teacher_and_student():
 
 def test_distillation_brings_the_student_to_the_teacher(tiny, clean):
     """KL at temperature 1 on the training images, before and after, both networks in eval mode."""
-    few = clean[0][::2]
-    x, config = data.to_float(few), bcu.Config(epochs=4, batch_size=64)
+    few = clean[0][::4]
+    x, config = data.to_float(few), bcu.Config(epochs=5, batch_size=32)
     start = bcu.partly_fresh(tiny, config.p, seed=0).eval()
     end = bcu.repair(tiny, few, None, config, seed=0).model
     with torch.no_grad():
@@ -338,7 +341,8 @@ def test_without_a_spread_no_row_is_suspicious():
 
 
 def test_unlearning_finds_the_target_of_a_victim(tiny, clean):
-    findings = ulrl.repair(tiny, *clean, ulrl.Config(relearn_epochs=1), seed=0).findings
+    few = clean[0][::2], clean[1][::2]
+    findings = ulrl.repair(tiny, *few, ulrl.Config(relearn_epochs=1), seed=0).findings
     assert findings["unlearned"]
     assert 0 in findings["suspicious_rows"]
     assert findings["z"][0] == max(findings["z"])
@@ -357,9 +361,9 @@ def test_rows_are_drawn_in_their_range(tiny):
 
 
 def test_the_cosine_term_drives_the_row_away_from_where_it_was(tiny, clean):
-    likeness, few = [], (clean[0][::4], clean[1][::4])
+    likeness, few = [], (clean[0][::8], clean[1][::8])
     for weight in (0.0, 5.0):
-        config = ulrl.Config(relearn_epochs=4, dissimilarity=weight, batch_size=32)
+        config = ulrl.Config(relearn_epochs=4, dissimilarity=weight, batch_size=16)
         net, _ = ulrl.relearn(tiny, [0], *few, config, torch.Generator().manual_seed(0))
         likeness.append(torch.cosine_similarity(net.linear.weight[0], tiny.linear.weight[0], dim=0).item())
     assert likeness[1] < likeness[0] - 0.2
@@ -391,11 +395,11 @@ def the_record(tmp_path):
 def test_the_command_saves_what_it_measured(victim_file, tmp_path, capsys, name, given, monkeypatch):
     few = short(name, 1)
     monkeypatch.setattr(DEFENSES[name], "Config", lambda: few)
-    run_defend(victim_file, tmp_path, "--defense", name, "--data_rate", "0.2", *given)
+    run_defend(victim_file, tmp_path, "--defense", name, "--data_rate", "0.1", *given)
     record, place = the_record(tmp_path)
-    assert place == f"victim/{name},data_rate=0.2,dataset=cifar10_sample{',epochs=1' if given else ''}.json"
+    assert place == f"victim/{name},data_rate=0.1,dataset=cifar10_sample{',epochs=1' if given else ''}.json"
     assert record["defense"] == name
-    assert (record["data"], record["labels"]) == (100, name != "bcu")
+    assert (record["data"], record["labels"]) == (50, name != "bcu")
     n_target = (data.load_dataset("cifar10_sample", None, train=False)[1] == 0).sum()
     assert [record["before"][n] for n in ("n_clean", "n_triggered", "n_target")] == [100, 100 - n_target, n_target]
     assert record["victim"] == records.victim_of(victim_file, utils.load_checkpoint(victim_file))

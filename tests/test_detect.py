@@ -99,7 +99,7 @@ def test_a_class_that_is_never_reached_has_the_last_patch(clean):
 
 
 def test_the_target_of_a_victim_has_the_smallest_patch(tiny, clean):
-    config = inversion.Config(search_batch=50, search_steps=70)
+    config = inversion.Config(search_batch=30, search_steps=50)
     net = tiny.requires_grad_(False)
     norms = [inversion.invert(net, clean[0], c, config, torch.Generator().manual_seed(c))[1] for c in (0, 4)]
     assert norms[0] < norms[1] / 2

@@ -199,7 +199,9 @@ def test_a_network_in_training_mode_is_measured_in_eval_mode(tiny, defense, seen
 
 @pytest.mark.usefixtures("few_test_images")
 @pytest.mark.parametrize("attack", ["none", "badnet", "wanet", "reflection", "blended"])
-def test_the_command(victim_file, tmp_path, capsys, monkeypatch, attack):
+def test_the_command(victim_file, tmp_path, capsys, monkeypatch, request, attack):
+    if attack != "badnet":
+        request.getfixturevalue("undrawn")
     monkeypatch.setattr("support.activations.SEEN", 50)
     flags = ["--dataset", "cifar10_sample", "--attack", attack, "--ckpt", str(victim_file), "--outdir", str(tmp_path)]
     main([*flags, "--device", "cpu", "--activations"])
