@@ -130,7 +130,9 @@ def draw_moved(neurons, path):
     for axis, neuron in zip(axes.flat, neurons, strict=False):
         high = max(neuron.clean.max(), neuron.triggered.max()).item()
         for name, values, color in (("clean", neuron.clean, "tab:blue"), ("triggered", neuron.triggered, "tab:red")):
-            axis.hist(values.numpy(), bins=50, range=(0, high), alpha=0.6, color=color, label=name)
+            axis.hist(
+                values.numpy(), bins=50, range=(0, high), histtype="stepfilled", alpha=0.6, color=color, label=name
+            )
         if neuron.bound is not None:
             axis.axvline(neuron.bound, color="black", ls="--", label=f"bound {neuron.bound:.2f}")
         axis.set_title(f"{neuron.site} {neuron.place}", fontsize=10)
