@@ -29,6 +29,11 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # pytest -n: processes share the cores,
 GOLDEN = Path(__file__).parent / "golden" / "unit_tiny.npz"
 
 
+def pytest_collection_modifyitems(items):
+    """The longest test comes first: at the end, one process would wait for the other."""
+    items.sort(key=lambda item: not item.name.startswith("test_golden_trajectory"))
+
+
 @pytest.fixture(scope="session")
 def golden():
     """The recorded trajectory: {key: array}."""
