@@ -24,6 +24,11 @@ import zipfile
 from collections import deque
 from pathlib import Path
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 import numpy as np
 
 import utils
@@ -130,7 +135,12 @@ def fill(jobs, args):
                     log = place(victim, cell, ".log")
                     print(f"{i} of {len(jobs)}: {victim.stem}, {cell}", flush=True)
                     utils.check_place(log)
-                    with open(log, "w") as file:
+                    with open(log, "a") as file:
+                        if not claim(file):
+                            why = f"another process is running it ({log}); run compare.py again after its end"
+                            failed.append(f"{victim.stem}, {cell}: {why}")
+                            print(failed[-1], flush=True)
+                            continue
                         words = command(victim, cell, args, outdir)
                         process = subprocess.Popen(words, stdout=file, stderr=subprocess.STDOUT, env=env)
                     running[process] = victim, cell, log
@@ -146,6 +156,20 @@ def fill(jobs, args):
             for process in running:
                 process.wait()
     return failed
+
+
+def claim(file):
+    """Empty the open output of a run and lock it; return False, and do neither, where another process holds the lock.
+
+    The process that inherits the file holds it until its end, also where compare.py itself was killed.
+    """
+    try:
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    file.truncate(0)
+    return True
 
 
 def outcome(status, victim, cell, log):

@@ -3,7 +3,9 @@
 import flags
 from flags import InputError
 
+import fcntl
 import json
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -217,6 +219,28 @@ def test_a_cell_that_leaves_no_record_is_said(house, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         house.compare("--defenses", "ft")
     assert "cifar10_badnet, ft: it left no record that belongs here" in capsys.readouterr().err
+
+
+def test_a_cell_that_another_process_runs_is_left_to_it(house, monkeypatch, capsys):
+    """As one does whose compare.py was killed."""
+    house.victim("badnet")
+    ran = running(house, monkeypatch)
+    log = house.folder / "ckpt" / "cifar10_badnet_ft.log"
+    with open(log, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.write("epoch 1")
+        file.flush()
+        wait = [sys.executable, "-S", "-c", "input()"]
+        other = subprocess.Popen(wait, stdin=subprocess.PIPE, stdout=file)
+    with pytest.raises(SystemExit):
+        house.compare("--defenses", "ft", "clp")
+    assert ran == [("badnet", "clp")]
+    assert f"cifar10_badnet, ft: another process is running it ({log})" in capsys.readouterr().err
+    assert log.read_text() == "epoch 1"
+    other.communicate(b"\n")
+    house.compare("--defenses", "ft", "clp")
+    assert ran == [("badnet", "clp"), ("badnet", "ft")]
+    assert not log.exists()
 
 
 def test_ctrl_c_ends_the_runs_and_leaves_what_is_done(house, monkeypatch):
