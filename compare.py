@@ -33,10 +33,12 @@ import numpy as np
 
 import utils
 from support import plots, tables
+from support.records import PLACES
 from support.victims import all_victims, ceiling, clean_cells, grouped, panel_of
 
 CHEAPEST = ("none", "clp", "ulrl", "seam", "fst", "rnp", "fp", "ft", "nad", "i_bau", "unit,step_images=250", "anp")
 CHEAPEST += ("ft_sam", "bcu", "nc", "unit")
+OWN = PLACES | {"defense", "phase", "max_minutes", "resume", "overwrite"}  # flags that a cell cannot have
 POLL = 0.1  # seconds between two looks at the runs
 PAGES = {
     "README.md": ("# Figures", ["averages"]),
@@ -299,6 +301,10 @@ def main(argv=None):
         known = ("none", *flags.DEFENSES, "unit")
         if cell.partition(",")[0] not in known or not all("=" in s for s in cell.split(",")[1:]):
             raise flags.InputError(f"no column {cell!r}; write one of {', '.join(known)}, then ,setting=value")
+        for setting in cell.partition(",trigger_of=")[0].split(",")[1:]:
+            name = setting.partition("=")[0]
+            if any(flag.startswith(name) for flag in OWN):  # argparse takes the beginning of a flag, too
+                raise flags.InputError(f"no column {cell!r}: {name} is no setting of a defense; leave it out")
     for path in args.victims or ():
         if not Path(path).is_file():
             raise flags.InputError(f"no checkpoint {path}; name files that train.py made")

@@ -117,12 +117,11 @@ def defend(args, device, dtype):
     config = configure(args)
     if checkpoint["bounds"] is not None or checkpoint["defense"]:
         raise InputError(f"{path} is a defended model; give --ckpt the victim")
-    names = (args.dataset, checkpoint["network"], args.attack, checkpoint["width"])
-    out = Path(args.out or utils.checkpoint_path(*names, f"_{args.defense}"))
+    out = inputs.defended_path(args, checkpoint, args.defense)
     inputs.check_apart("--out", out, {"the victim": path, "the trigger's file": args.trigger_of})
     victim = records.victim_of(path, checkpoint)
     record_at = records.path_of(args.defense, args, victim)
-    for place in (out, record_at):
+    for place in (record_at,) if args.defense == "none" else (out, record_at):
         utils.check_place(place)
     *test_set, triggered = inputs.test_data(args, checkpoint, device)
 

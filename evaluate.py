@@ -57,8 +57,9 @@ def evaluate(model, images, labels, backdoor, target, batch_size=128, dtype=torc
     uint8 or float in [0, 1], (N, 3, H, W); labels: int64 (N,); backdoor: the trigger, or None for BA alone; target: a
     class, or "all" for all-to-all; batch_size: images per forward pass, on a GPU at least 1,000; dtype: of autocast.
     triggered: instead of a backdoor, a tuple whose first items are images that carry a trigger and their true labels.
-    Returns a Measured. Raises InputError without images, without one of another class than the target, and for
-    all-to-all without true classes; ValueError where both backdoor and triggered are given.
+    Returns a Measured. Raises InputError without images, without one of another class than the target, for all-to-all
+    without true classes, and for outputs that are NaN or infinite; ValueError where both backdoor and triggered are
+    given.
     """
     if len(images) == 0:
         raise flags.InputError("there are no images to measure on")
@@ -81,6 +82,8 @@ def evaluate(model, images, labels, backdoor, target, batch_size=128, dtype=torc
                     if not (x.amin() >= -EDGE and x.amax() <= 1 + EDGE):  # also for NaN
                         raise flags.InputError("the trigger gives pixels outside [0, 1]; clamp them, or take another")
                 logits = models.logits(model(x))
+                if not logits.isfinite().all():
+                    raise flags.InputError("the network's outputs are NaN or infinite; take one that is whole")
                 classes.append(logits.argmax(1))
         return torch.cat(classes), logits.shape[1]
 

@@ -36,6 +36,7 @@ NORMALIZATIONS = {
     "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
     "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
 }
+LARGEST_MEAN = 10  # and std: those of images in [0, 1] are far below, those of images in [0, 255] above
 # the baselines that repair a victim, the keys of defenses.DEFENSES
 DEFENSES = ("ft", "fp", "nad", "anp", "seam", "nc", "i_bau", "ft_sam", "clp", "rnp", "fst", "bcu", "ulrl")
 ATTACKS = ("badnet", "wanet", "reflection", "blended", "adaptive_blend", "blend", "cl", "composite", "dfst")
@@ -123,6 +124,8 @@ def normalization(args):
     if mean is None and std is None:
         return None
     if not names and mean and std and len(mean) == len(std) == 3 and min(std) > 0:
+        if max(map(abs, mean + std)) > LARGEST_MEAN:
+            raise InputError("--mean and --std are of images in [0, 255]; divide them by 255")
         return tuple(mean), tuple(std)
     if len(names) == 1 and all(values is None or len(values) == 1 for values in (mean, std)):
         (name,) = names

@@ -272,8 +272,7 @@ def main(argv=None):
     dtype = utils.get_dtype(args.precision, device)
     machine.reset_peak_memory(device)
     path, model, checkpoint, backdoor = inputs.load_victim(args, device)
-    names = (args.dataset, checkpoint["network"], args.attack, checkpoint["width"])
-    out = Path(args.out or utils.checkpoint_path(*names, "_unit"))
+    out = inputs.defended_path(args, checkpoint, "unit")
     inputs.check_apart("--export", args.export, {"the victim": path, "the defended model": out})
     *test_set, triggered = inputs.test_data(args, checkpoint, device)
 
@@ -317,12 +316,12 @@ def main(argv=None):
         print(f"{watch.why} after {steps} of {config.n_steps} steps: keeping the best bounds so far")
     if not result.found_good:
         print("note: no step kept the validation accuracy within acc_degrade; the last step's bounds are taken")
+    if watch.why and records.whole(record_at):  # whose files stay
+        out, picture = (p.with_stem(f"{p.stem}_cut_off") for p in (out, picture))
     saved = checkpoint | inputs.about_defended(args, checkpoint, backdoor)
-    saved |= {
-        "state_dict": utils.packed_weights(model.state_dict()),
-        "bounds": {k: v.cpu() for k, v in result.bounds.items()},
-        "defense": {"name": "unit", "best_step": result.best_step, **asdict(config)},
-    }
+    saved |= {"defense": {"name": "unit", "best_step": result.best_step, **asdict(config)}}
+    saved |= {"bounds": {k: v.cpu() for k, v in result.bounds.items()}}
+    saved |= {"state_dict": utils.packed_weights(model.state_dict())}
     utils.save_checkpoint(saved | dict.fromkeys(before._fields), out)  # before measuring, which may be interrupted
     defended = models.clipped(model, result.bounds)
     after = measure(defended)

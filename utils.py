@@ -265,8 +265,9 @@ def _own(content, path, network):
         content["mean"], content["std"] = NORMALIZATIONS["authors"]
     elif None in (mean, std) or not all(isinstance(v, float | int) for v in (*mean, *std)):
         raise ValueError("its mean and std are not three numbers each")
-    if not {"network", "width", "num_classes"} <= set(content):
-        content = {**models.describe_state_dict(content["state_dict"]), **content}
+    said = {k: v for k, v in content.items() if v is not None}
+    if not {"network", "width", "num_classes"} <= set(said):
+        content |= {**models.describe_state_dict(state), **said}
     if network not in (None, content["network"]):
         raise ValueError(f"it holds a {content['network']}, no {network}; leave --network out")
     return content

@@ -65,7 +65,7 @@ def triggered_entries(bd_test):
                 image, under_attack, original = entry.get("path", inside), *entry["other_info"][:2]
             else:  # without a folder the images themselves
                 image, under_attack, original = entry[:3]
-            if min(original, under_attack) < 0:
+            if min(original, under_attack) < 0 or (int(original), int(under_attack)) != (original, under_attack):
                 raise ValueError(f"the labels of {index} are {under_attack} and {original}")
             if index in chosen:
                 path, image = (image, None) if isinstance(image, str) else (None, pixels(image))
@@ -73,6 +73,8 @@ def triggered_entries(bd_test):
     except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
         raise ValueError(f"its bd_test is not as BackdoorBench writes it ({reason})") from None
+    if not found:
+        raise ValueError("its bd_test selects no image; take a whole result")
     return found
 
 

@@ -1,6 +1,6 @@
 """What the networks share: normalization of the input, and channels scaled by a width."""
 
-from flags import NORMALIZATIONS
+from flags import LARGEST_MEAN, NORMALIZATIONS
 
 import math
 
@@ -23,10 +23,12 @@ class Normalized(nn.Module):
         self.set_normalization(mean, std)
 
     def set_normalization(self, mean, std):
-        """Set mean and std. Raises ValueError unless each is three finite numbers, std above 0."""
+        """Set mean and std. Raises ValueError unless each is three numbers, of images in [0, 1], std above 0."""
         mean, std = tuple(map(float, mean)), tuple(map(float, std))
         if len(mean) != 3 or len(std) != 3 or not all(map(math.isfinite, mean + std)) or not min(std) > 0:
             raise ValueError("mean and std must be three finite numbers each, std above 0")
+        if max(map(abs, mean + std)) > LARGEST_MEAN:
+            raise ValueError("mean and std are of images in [0, 255]; divide them by 255")
         for name, value in (("mean", mean), ("std", std)):
             setattr(self, name, torch.tensor(value, device=getattr(self, name).device).view(1, 3, 1, 1))
 

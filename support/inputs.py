@@ -55,7 +55,7 @@ def victim_path(args):
 def answer(args, checkpoint, path=None):
     """Give `args` the attack, target, data set and image size that the file names, where the user gave none.
 
-    An attack or a data set that is unknown here is no answer. Returns the flags that the file answered. Raises
+    An attack that is unknown here is no answer, a data set an error. Returns the flags that the file answered. Raises
     InputError for a value that the flag would not take, and for images of one's own that are no longer there.
     """
     answered = set()
@@ -63,8 +63,9 @@ def answer(args, checkpoint, path=None):
         value, said = vars(args).get(flag), checkpoint[flag]
         if not isinstance(value, Unsaid):
             continue
-        known = {"attack": said in ("none", *ATTACKS), "dataset": said in DATASETS or place_of(str(said))}
-        if said is None or not known.get(flag, True):
+        if flag == "dataset" and said is not None and said not in DATASETS and not place_of(str(said)):
+            raise InputError(f"{path} is for the data set {said!r}, which is unknown here; give --dataset")
+        if said is None or (flag == "attack" and said not in ("none", *ATTACKS)):
             setattr(args, flag, str(value) if isinstance(value, str) else int(value))
             continue
         try:
@@ -131,7 +132,7 @@ def load_victim(args, device):
     for flag in ("attack", "target", "dataset"):
         trained, now = checkpoint[flag], getattr(args, flag)
         same = flag == "dataset" and {trained, now} == {"cifar10", "cifar10_sample"}
-        if trained not in (None, now) and not same and (args.attack != "none" or flag == "dataset"):
+        if str(trained) not in ("None", str(now)) and not same and (args.attack != "none" or flag == "dataset"):
             notes.append(f"{path} was trained with {flag} {trained}, measured with {now}")
     if source is not checkpoint and source["target"] not in (None, args.target):
         notes.append(f"{args.trigger_of} was trained with target {source['target']}, measured with {args.target}")
@@ -161,10 +162,18 @@ def trigger_source(args, checkpoint):
     return source
 
 
+def defended_path(args, checkpoint, defense):
+    """Return where the defended model goes: --out, else the place in ckpt/ that data set, victim and defense name."""
+    names = (args.dataset, checkpoint["network"], args.attack, checkpoint["width"])
+    return Path(args.out or utils.checkpoint_path(*names, f"_{defense}"))
+
+
 def check_victim(path, checkpoint, out):
-    """Raise InputError where the file has bounds already, or its defended model cannot be written to `out`."""
+    """Raise InputError where the file is a defended model, or its own defended model cannot be written to `out`."""
     if checkpoint["bounds"] is not None:
         raise InputError(f"{path} has bounds already; give --ckpt the victim")
+    if checkpoint["defense"]:
+        raise InputError(f"{path} is a defended model; give --ckpt the victim")
     check_apart("--out", out, {"the victim": path})
     utils.check_place(out)
 

@@ -6,9 +6,9 @@ name. Beside a record of UNIT lies the search's trajectory (.npz), from which co
 
 import flags
 
-import contextlib
 import json
 import math
+import warnings
 from dataclasses import asdict
 from pathlib import Path
 
@@ -80,14 +80,17 @@ def _settings(args):
 def save(path, defense, args, config, victim, device, figures, trajectory=None):
     """Write the record of a run to `path`, and its trajectory beside it; return whether it is written.
 
-    A run that was cut off does not replace the record of a whole one on the same victim. args: the command's flags;
-    config: the method's constants, a dataclass; victim: see victim_of(); figures: plain values; trajectory: {figure:
-    [one value per step]}.
+    A run that was cut off does not replace the record of a whole one. A record of another victim's file of the same
+    name is kept as `path`.old, with a warning. args: the command's flags; config: the method's constants, a dataclass;
+    victim: see victim_of(); figures: plain values; trajectory: {figure: [one value per step]}.
     """
-    if figures.get("interrupted"):
-        with contextlib.suppress(flags.InputError):  # what is no record is replaced
-            if load(path, victim["sha256"]) is not None:
-                return False
+    before = whole(path)
+    if before and figures.get("interrupted"):
+        return False
+    if before and before["victim"]["sha256"] != victim["sha256"]:
+        old = path.with_name(f"{path.name}.old")
+        path.replace(old)
+        warnings.warn(f"{path} was of another file named {before['victim']['file']}; it is now {old}", stacklevel=2)
     record = {
         "defense": defense,
         "victim": victim,
@@ -110,12 +113,23 @@ def _savez(path, values):
         np.savez_compressed(file, **values)
 
 
+def whole(path):
+    """Return the record at `path` if it is of a run that was not cut off, of whatever victim; else None."""
+    try:
+        record = read(path) if path.exists() else None
+    except flags.InputError:  # no record
+        return None
+    return None if record is None or record.get("interrupted") else record
+
+
 def read(path):
     """Return the record at `path`, of whatever victim. Raises InputError for a file that is no record."""
     try:
         record = json.loads(path.read_text())
         _check(record, path.stem.partition(",")[0])
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+    except OSError as error:
+        raise flags.InputError(f"cannot read {path}: {error.strerror}") from None
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         raise flags.InputError(f"{path} is no record of a run; move it elsewhere") from None
     return record
 

@@ -5,6 +5,7 @@ A victim is known by its file, or, where that is not here, by what its records s
 
 import flags
 
+import argparse
 import json
 import re
 from collections import Counter
@@ -64,13 +65,18 @@ def _record_name(words, attack):
 
 
 def from_file(path, results):
-    """Return the Victim in a file, None where that holds none. Raises InputError for an attack that is unknown."""
+    """Return the Victim in a file, None where that holds none. Raises InputError where it says what cannot be."""
     path = Path(path)
     checkpoint = {k: v for k, v in utils.load_checkpoint(path).items() if k != "state_dict"}
     if checkpoint["attack"] is None or checkpoint["defense"]:
         return None
     if checkpoint["attack"] not in ("none", *flags.ATTACKS):
         raise flags.InputError(f"{path} is of an unknown attack, {checkpoint['attack']!r}; move it elsewhere")
+    for key, kind in flags.ANSWERS.items():
+        try:
+            checkpoint[key] is None or kind(str(checkpoint[key]))
+        except argparse.ArgumentTypeError:
+            raise flags.InputError(f"the {key} of {path} is {checkpoint[key]!r}; move it elsewhere") from None
     return Victim(records.victim_of(path, checkpoint), results, path, checkpoint)
 
 
@@ -100,7 +106,10 @@ def all_victims(results, named=()):
     paths = [p for p in paths if ".partial" not in p.name and not defended.search(p.stem)]
     by_path = {p.resolve(): p for p in (*map(Path, named), *paths)}
     victims = [v for p in by_path.values() if (v := from_file(p, results))]
-    known = {v.stem for v in victims}
+    known = {}
+    for v in victims:
+        if known.setdefault(v.stem, v).sum != v.sum:
+            raise flags.InputError(f"{known[v.stem].path} and {v.path} would share their records; rename one")
     folders = [f for f in Path(results).glob("*") if f.is_dir() and f.name not in known]
     return sorted((*victims, *filter(None, map(from_records, folders))), key=_order)
 

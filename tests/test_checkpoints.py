@@ -366,6 +366,12 @@ def test_a_normalization_that_is_none_is_refused(victim_file, change):
         utils.load_checkpoint(victim_file)
 
 
+def test_a_normalization_of_images_up_to_255_is_refused(victim_file):
+    bent(victim_file, mean=(125.3, 123.0, 113.9), std=(51.6, 50.8, 51.2))
+    with pytest.raises(InputError, match=r"mean and std are of images in \[0, 255\]; divide them by 255"):
+        utils.load_model(victim_file)
+
+
 @pytest.mark.parametrize("change", [{"state_dict": {}}, {"state_dict": {"conv1.weight": "x"}}])
 def test_weights_that_are_no_tensors_are_refused(victim_file, change):
     bent(victim_file, **change)

@@ -125,6 +125,9 @@ def test_unit_saves_what_it_measured(victim_file, tmp_path, capsys):
     assert defended["defense"]["best_step"] == record["best_step"]
     with pytest.raises(InputError, match="bounds already"):
         run_unit(tmp_path / "d.pt", tmp_path)
+    utils.save_checkpoint(defended | {"bounds": None}, tmp_path / "tuned.pt")  # as of another defense
+    with pytest.raises(InputError, match="is a defended model; give --ckpt the victim"):
+        run_unit(tmp_path / "tuned.pt", tmp_path)
     with pytest.raises(InputError, match="defended model"):
         run_defend(tmp_path / "d.pt", tmp_path, "--defense", "none")
 

@@ -346,6 +346,14 @@ def test_an_unknown_setting_of_a_column_is_refused(house, cell, capsys):
     assert not house.results.exists()
 
 
+@pytest.mark.parametrize("setting", ["out=x", "outd=x", "ckpt=x", "results=x", "defense=nad", "max_minutes=1"])
+def test_what_is_no_setting_of_a_defense_is_refused(house, setting):
+    house.victim("resnet18_badnet")
+    with pytest.raises(InputError, match=f"{setting.partition('=')[0]} is no setting of a defense; leave it out"):
+        house.compare("--defenses", f"ft,{setting}")
+    assert not house.results.exists()
+
+
 def test_an_unknown_column_ends_in_one_line_and_status_2(tmp_path):
     process = command("compare.py", "--no-run", "--results", str(tmp_path / "results"), "--defenses", "units")
     out, err = process.communicate()

@@ -418,7 +418,7 @@ def test_the_command_saves_what_it_measured(victim_file, tmp_path, capsys, name,
 
 
 def test_no_defense_measures_alone(victim_file, tmp_path):
-    run_defend(victim_file, tmp_path, "--defense", "none")
+    run_defend(victim_file, tmp_path, "--defense", "none", "--out", str(tmp_path))  # which is not written
     record, place = the_record(tmp_path)
     assert place == "victim/none,dataset=cifar10_sample.json"
     assert record["before"] == record["after"]

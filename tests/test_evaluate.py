@@ -224,7 +224,7 @@ def test_the_file_answers_what_no_flag_says(victim_file, tmp_path, capsys):
     for path, said in (
         (told, {"attack": "wanet", "target": 3, "dataset": "svhn", "size": 48, "trigger": warp}),
         (silent, dict.fromkeys(("attack", "target", "dataset", "size", "trigger"))),
-        (odd, {"attack": "of another tool", "dataset": "mine", "trigger": None}),
+        (odd, {"attack": "of another tool", "dataset": None, "trigger": None}),
     ):
         utils.save_checkpoint(victim | said, path)
 
@@ -267,6 +267,7 @@ def test_the_file_answers_what_no_flag_says(victim_file, tmp_path, capsys):
         ({"target": True}, "target of .*v.pt is True, .*give --target"),
         ({"target": 10}, "target of .*v.pt, 10, is no class of cifar10: it has 0 to 9; give another --target"),
         ({"size": 4}, "size of .*v.pt is 4, .*give --size"),
+        ({"dataset": "mine"}, "v.pt is for the data set 'mine', which is unknown here; give --dataset"),
         ({"dataset": "npz:gone.npz"}, "data set of .*v.pt, npz:gone.npz, is not here; give --dataset"),
         ({"dataset": "folder:/gone"}, "data set of .*v.pt, folder:/gone, is not here; give --dataset"),
     ],
@@ -278,6 +279,16 @@ def test_an_answer_that_cannot_be_names_the_file_and_the_flag(victim_file, tmp_p
     args = flags.parser(command).parse_args(["--device", "cpu", "--ckpt", str(tmp_path / "v.pt"), *more])
     with pytest.raises(InputError, match=reason):
         inputs.load_victim(args, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_outputs_that_are_no_numbers_are_refused(coded, value):
+    class Odd(ReadsFirstPixel):
+        def forward(self, x):
+            return torch.where(torch.arange(len(x))[:, None] == 0, value, super().forward(x))
+
+    with pytest.raises(InputError, match="NaN or infinite"):
+        evaluate(Odd(), *coded, Paint(), TARGET)
 
 
 @pytest.mark.parametrize("value", [-0.1, 1.1, math.nan])

@@ -146,6 +146,7 @@ def test_images_of_the_target_class_do_not_count():
     {"bd_data_container": {"data_dict": {0: {"path": "x.png", "other_info": [0]}}}},
     {"bd_data_container": {"data_dict": {0: {"path": 7, "other_info": [0, 1]}}}},
     {"bd_data_container": {"data_dict": {0: {"path": "x.png", "other_info": [0, -1]}}}},
+    {"bd_data_container": {"data_dict": {0: {"path": "x.png", "other_info": [0.7, 1]}}}},
     {"bd_data_container": {"data_dict": {0: (PIL.Image.new("CMYK", (4, 4)), 0, 1)}}},
     {"bd_data_container": {"data_dict": {"a": {"path": "x.png", "other_info": [0, 1]}, 1: 2}}},
 ])  # fmt: skip
@@ -154,6 +155,13 @@ def test_triggered_images_in_another_form_are_refused(preact, images, tmp_path, 
     with pytest.raises(InputError, match="is refused: its bd_test is not as BackdoorBench writes it") as caught:
         utils.load_checkpoint(tmp_path / "r.pt")
     assert "\n" not in str(caught.value)
+
+
+def test_triggered_images_of_which_none_is_selected_are_refused():
+    entry = {0: {"path": "x.png", "other_info": [0, 1]}}
+    for odd in ({"data_dict": {}}, {"data_dict": entry}):
+        with pytest.raises(ValueError, match="its bd_test selects no image"):
+            backdoorbench.triggered_entries({"bd_data_container": odd, "poison_indicator": torch.zeros(1)})
 
 
 @pytest.mark.parametrize(

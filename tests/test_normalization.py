@@ -167,6 +167,13 @@ def test_half_a_normalization_is_refused(words):
         flags.normalization(flags.parser("evaluate.py").parse_args(words))
 
 
+@pytest.mark.parametrize("script", ["evaluate.py", "train.py"])
+def test_a_normalization_of_images_up_to_255_is_refused(script):
+    words = ["--mean", "125", "122", "113", "--std", "51", "50", "51"]
+    with pytest.raises(InputError, match="divide them by 255"):
+        flags.normalization(flags.parser(script).parse_args(words))
+
+
 def test_the_measured_normalizations_stand_in_the_flags():
     assert NORMALIZATIONS["authors"] == ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
     assert NORMALIZATIONS["backdoorbench"] == ((0.4914, 0.4822, 0.4465), (0.247, 0.243, 0.261))

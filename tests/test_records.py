@@ -127,7 +127,21 @@ def test_a_run_that_was_cut_off_does_not_replace_a_whole_one(tmp_path):
         assert save()
         assert json.loads(path.read_text())["interrupted"] == "interrupted"
     path.write_bytes(whole)
-    assert save(sha256="f" * 64)  # a whole run, but of other weights
+    assert not save(sha256="f" * 64)  # of other weights
+    assert path.read_bytes() == whole
+
+
+def test_a_record_of_another_file_of_the_same_name_is_kept_beside(tmp_path):
+    path, _, figures, victim = unit_run(tmp_path, 3)
+    whole = path.read_bytes()
+    given = parsed("unit", "--results", str(tmp_path)), unit.UnitConfig(precision="bf16")
+    assert records.save(path, "unit", *given, victim, CPU, figures)
+    assert [p.name for p in path.parent.glob("*.json*")] == [path.name]
+    path.write_bytes(whole)
+    with pytest.warns(match=rf"was of another file named {victim['file']}; it is now .*{path.name}.old"):
+        assert records.save(path, "unit", *given, victim | {"sha256": "f" * 64}, CPU, figures)
+    assert path.with_name(f"{path.name}.old").read_bytes() == whole
+    assert json.loads(path.read_text())["victim"]["sha256"] == "f" * 64
 
 
 def test_settings_are_those_of_the_command(tmp_path):

@@ -259,9 +259,13 @@ def test_a_run_out_of_time_saves_the_best_bounds_and_goes_on_to_the_same_bits(vi
     run_unit(victim_file, tmp_path, *flags)
     whole, recorded = utils.load_checkpoint(tmp_path / "d.pt")["bounds"], record_in(tmp_path / "results")
     trajectory = recorded[1]
+    defended = (tmp_path / "d.pt").read_bytes()
     run_unit(victim_file, tmp_path, *flags, "--max_minutes", "1e-9")
     assert "stays that of a whole search" in capsys.readouterr().out
     assert record_in(tmp_path / "results") == recorded
+    assert (tmp_path / "d.pt").read_bytes() == defended
+    assert utils.load_checkpoint(tmp_path / "d_cut_off.pt")["BA"] is not None
+    assert (tmp_path / "unit_badnet_cut_off.png").exists()
     shutil.rmtree(tmp_path / "results")
     (tmp_path / "d.partial.pt").unlink()
     for done in (1, 2, 3):  # whatever the time, a step is done

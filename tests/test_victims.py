@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import utils
-from support import records, tables
+from support import records, tables, victims
 from tests.house import figures
 
 
@@ -189,3 +189,29 @@ def test_a_copy_of_a_folder_of_records_does_not_count_twice(house):
     shutil.copytree(folder, folder.with_name("backup"))
     assert [v.stem for v in house.victims()] == ["cifar10_a"]
     assert tables.details(house.victims()).count("\n") == 2
+
+
+def test_two_files_of_one_name_are_refused(house):
+    a, other = house.victim("a"), house.folder / "elsewhere" / "cifar10_a.pt"
+    other.parent.mkdir()
+    other.write_bytes(a.read_bytes())
+    victims.all_victims(house.results, [other])  # the same file twice
+    utils.save_checkpoint(utils.load_checkpoint(a) | {"seed": 2}, other)
+    with pytest.raises(InputError, match=f"{other} and {a} would share their records; rename one"):
+        victims.all_victims(house.results, [other])
+
+
+@pytest.mark.parametrize("said", [{"target": "xyz"}, {"dataset": "imagenet"}, {"size": 4}])
+def test_a_file_that_says_what_cannot_be_is_named(house, said):
+    path = house.victim("a", **said)
+    ((key, value),) = said.items()
+    with pytest.raises(InputError, match=f"the {key} of {path} is {value!r}; move it elsewhere"):
+        house.victims()
+
+
+@pytest.mark.parametrize("key", ["network", "width", "num_classes"])
+def test_what_a_file_leaves_open_is_taken_from_its_weights(house, key):
+    path = house.victim("a", width=0.125)
+    utils.save_checkpoint(utils.load_checkpoint(path) | {key: None}, path)
+    (victim,) = house.victims()
+    assert [victim.about[k] for k in ("network", "width", "num_classes")] == ["resnet18", 0.125, 10]
