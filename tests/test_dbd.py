@@ -468,21 +468,23 @@ def test_the_network_starts_from_the_initialization_of_dbd(monkeypatch, tmp_path
     assert weight.std().item() == pytest.approx(math.sqrt(2 / (32 * 9)), rel=0.03)
 
 
-def test_it_is_given_the_poisoned_set_and_tells_what_share_of_the_poison_is_trusted(monkeypatch, tmp_path, capsys):
+def test_it_is_given_the_poisoned_set_and_tells_what_share_of_the_poison_is_trusted(
+    short, monkeypatch, tmp_path, capsys
+):
     images, labels = data.load_dataset("cifar10_sample", None, train=True)
     poison = poison_training_set(labels, "badnet", 0, None, 1024)
     given = []
 
     def train(network, images, labels, config, seed, dtype, fast, callback, state):
         given.extend((images, labels))
-        trusted = torch.cat((poison.indices[:20], (labels != 0).nonzero()[:100, 0]))
+        trusted = torch.cat((poison.indices[:10], (labels != 0).nonzero()[:100, 0]))
         callback(SimpleNamespace(number=3, epochs=9), 0, {"loss": 1.0, "trusted": trusted}, dict)
 
     monkeypatch.setattr(dbd, "train", train)
     run(tmp_path)
     assert torch.equal((given[0] != images).flatten(1).any(1).nonzero()[:, 0], poison.indices)
     assert (given[1][poison.indices] == 0).all()
-    assert "stage 3 epoch   1  loss 1.0000  poisoned_trusted 0.4000" in capsys.readouterr().out  # 20 of 50
+    assert "stage 3 epoch   1  loss 1.0000  poisoned_trusted 0.4000" in capsys.readouterr().out  # 10 of 25
     record = json.loads((tmp_path / "results" / PLACE).read_text())
     assert record["last"] == {"stage_3": {"loss": 1.0, "poisoned_trusted": pytest.approx(0.4)}}
 
